@@ -1,0 +1,50 @@
+"""Split clips into key frames and residual frames, on whatever device they are."""
+
+import torch
+from torch import Tensor
+
+from utils.errors import UserError
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)  # RGB, in units of full scale
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+def check_stride(frames: int, stride: int) -> None:
+    """Raise UserError unless `frames` can be cut into segments of `stride` frames."""
+    if stride < 2:
+        raise UserError(f"--stride must be at least 2 (a key frame and one residual frame), got {stride}")
+    if frames < stride or frames % stride:
+        raise UserError(
+            f"-T must be a multiple of --stride, got T {frames} and stride {stride}; "
+            f"the nearest is T {max(stride, round(frames / stride) * stride)}"
+        )
+
+
+def key_residual_split(clip: Tensor, stride: int) -> tuple[Tensor, Tensor]:
+    """Key frames, and the others minus their key frame (ReSpike, arXiv 2409.01564, section 3.1).
+
+    clip: [B, T, 3, H, W], T a multiple of `stride`. uint8 is scaled to [0, 1] and normalised with
+    ImageNet's mean and standard deviation per channel (the mean cancels in a residual); a
+    floating-point clip is taken as normalised already.
+
+    Returns key [B, T/stride, 3, H, W] and residual [B, T/stride, stride-1, 3, H, W], in the clip's
+    type, float32 from uint8. Both lie in memory channels-last and the residual time first, as the
+    network reads them. Raises UserError where stride is below 2 or does not divide T.
+    """
+    if clip.dim() != 5 or clip.shape[2] != 3:
+        raise UserError(f"clip must be [B, T, 3, H, W], got {list(clip.shape)}")
+    check_stride(clip.shape[1], stride)
+    segments = clip.unflatten(1, (-1, stride)).permute(2, 0, 1, 4, 5, 3)  # [stride, B, K, H, W, 3]
+    if clip.dtype == torch.uint8:
+        scale = 1.0 / (255.0 * torch.tensor(IMAGENET_STD, device=clip.device))
+        offset = torch.tensor(IMAGENET_MEAN, device=clip.device) / torch.tensor(IMAGENET_STD, device=clip.device)
+        key = segments[0].float()
+        # Whole numbers up to 255 are exact in float32: the residual of a static clip is exactly zero.
+        residual = (segments[1:].float() - key).mul_(scale)
+        key = key * scale - offset
+    elif clip.is_floating_point():
+        key = segments[0].contiguous()
+        residual = segments[1:] - key
+    else:
+        raise UserError(f"clip must be uint8 or floating point, got {clip.dtype}")
+    return key.permute(0, 1, 4, 2, 3), residual.contiguous().permute(1, 2, 0, 5, 3, 4)

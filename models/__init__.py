@@ -1,0 +1,3 @@
+from models.respike import ReSpike
+
+__all__ = ["ReSpike"]

@@ -1,0 +1,83 @@
+"""ANN branch: a torchvision ResNet (arXiv 1512.03385) as a stem and four stages."""
+
+from pathlib import Path
+from urllib.error import URLError
+
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from utils.errors import UserError
+
+BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
+
+
+class ResNetStages(nn.Module):
+    """Stem and stages of a ResNet, without its classifier.
+
+    stem: [N, 3, H, W] -> [N, 64, H/4, W/4]. stages[i]: -> [N, channels[i], H/4/2^i, W/4/2^i].
+    `weights` as for `load_weights`.
+    """
+
+    def __init__(self, backbone: str, weights: str | None = None):
+        super().__init__()
+        if backbone not in BACKBONES:
+            raise UserError(f"backbone must be one of {', '.join(BACKBONES)}, got {backbone!r}")
+        resnet = torchvision.models.get_model(backbone, weights=None)
+        load_weights(resnet, backbone, weights)
+        self.stem = nn.Sequential(resnet.conv1, resnet.bn1, resnet.relu, resnet.maxpool)
+        self.stages = nn.ModuleList([resnet.layer1, resnet.layer2, resnet.layer3, resnet.layer4])
+        expansion = resnet.layer1[0].expansion
+        self.channels = [64 * expansion, 128 * expansion, 256 * expansion, 512 * expansion]
+
+
+def load_weights(resnet: nn.Module, backbone: str, weights: str | None) -> None:
+    """Fill a torchvision ResNet in place.
+
+    weights: None or "none" leaves the random initialisation; "default" takes torchvision's best
+    ImageNet weights, a name such as "IMAGENET1K_V1" that entry of torchvision's list (both are
+    downloaded once into torch.hub's cache); anything else is the path of a state dict. Raises
+    UserError where the weights cannot be had or do not fit.
+    """
+    if weights is None or weights == "none":
+        return
+    available = torchvision.models.get_model_weights(backbone)
+    if weights == "default" or weights in available.__members__:
+        entry = available.DEFAULT if weights == "default" else available[weights]
+        try:
+            state_dict = entry.get_state_dict(progress=True, check_hash=True)
+        except (URLError, OSError, RuntimeError) as error:
+            raise UserError(
+                f"--weights {weights}: the ImageNet weights of {backbone} could not be downloaded ({error}); "
+                f"fetch {entry.url} elsewhere and pass its path with --weights PATH, "
+                "or pass --weights none to start from random weights"
+            ) from error
+    else:
+        state_dict = _read_state_dict(Path(weights))
+    try:
+        resnet.load_state_dict({k: v for k, v in state_dict.items() if not k.startswith("fc.")}, strict=False)
+    except RuntimeError as error:
+        raise UserError(f"--weights {weights}: not the weights of a {backbone}: {_first_detail(error)}") from error
+    missing = sorted(set(resnet.state_dict()) - set(state_dict) - {"fc.weight", "fc.bias"})
+    if missing:
+        raise UserError(
+            f"--weights {weights}: not the weights of a {backbone}: {len(missing)} tensors are missing, "
+            f"the first is {missing[0]}"
+        )
+
+
+def _read_state_dict(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise UserError(f"--weights {path}: expected default, none, a torchvision weights name or a file; no such file")
+    try:
+        state_dict = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises many types for a damaged or unsafe file
+        raise UserError(f"--weights {path}: not a readable state dict ({_first_detail(error)})") from error
+    if not isinstance(state_dict, dict) or not all(isinstance(v, Tensor) for v in state_dict.values()):
+        raise UserError(f"--weights {path}: expected a state dict (name -> tensor), found {type(state_dict).__name__}")
+    return state_dict
+
+
+def _first_detail(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[1] if len(lines) > 1 and lines[0].endswith(":") else (lines[0] if lines else type(error).__name__)

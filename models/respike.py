@@ -1,0 +1,122 @@
+"""ReSpike: key frames into a ResNet, residual frames into a spiking ResNet, fused stage by stage."""
+
+import torch
+from torch import Tensor, nn
+
+from models.attention import CrossAttentionFusion
+from models.neurons import LIF, LIFParameters
+from models.published import rename_published_state_dict
+from models.resnet import ResNetStages
+from models.spiking_resnet import SpikingResNetStages
+from utils.errors import UserError
+
+BRANCHES = ("both", "ann", "snn")
+FUSIONS = ("cross", "concat")
+SIZE_MULTIPLE = 32  # pixels: five halvings
+DOWNSAMPLE_POOLS = (4, 2, 1, 1)  # --downsample: how far each stage is pooled before it is fused
+
+
+class ReSpike(nn.Module):
+    """Residual-frame hybrid network for action recognition (arXiv 2409.01564).
+
+    forward: key [B, K, 3, H, W] and residual [B, K, stride-1, 3, H, W], both normalised, as
+    `dataset.residual.key_residual_split` makes them -> logits [B, num_classes]. H and W are
+    multiples of 32.
+
+    backbone: resnet18, 34, 50, 101 or 152. stride: frames per segment, one of them the key frame.
+    downsample: fuse at all four stages, the first two pooled by 4 and 2; else at stages 2, 3 and 4
+    at full size. weights: ImageNet weights of the ANN branch (`models.resnet.load_weights`).
+    branches: "ann" or "snn" trains that branch alone. fusion: "concat" joins the branches at the
+    head only. snn_batch_norm: "per-step" (as published) or "merged". Raises UserError for a value
+    that is none of these.
+    """
+
+    def __init__(
+        self,
+        backbone: str = "resnet18",
+        num_classes: int = 51,
+        stride: int = 4,
+        downsample: bool = True,
+        weights: str | None = None,
+        branches: str = "both",
+        fusion: str = "cross",
+        snn_batch_norm: str = "per-step",
+        neuron: LIFParameters = LIFParameters(),
+    ):
+        super().__init__()
+        if stride < 2:
+            raise UserError(f"stride must be at least 2 (one key frame and a residual frame), got {stride}")
+        if num_classes < 1:
+            raise UserError(f"num_classes must be at least 1, got {num_classes}")
+        if branches not in BRANCHES:
+            raise UserError(f"branches must be one of {', '.join(BRANCHES)}, got {branches!r}")
+        if fusion not in FUSIONS:
+            raise UserError(f"fusion must be one of {', '.join(FUSIONS)}, got {fusion!r}")
+        self.stride = stride
+        self.downsample = downsample
+        self.ann = ResNetStages(backbone, weights) if branches != "snn" else None
+        self.snn = SpikingResNetStages(neuron, snn_batch_norm) if branches != "ann" else None
+        self.fusions = nn.ModuleList([None] * 4)
+        if branches == "both" and fusion == "cross":
+            pools = DOWNSAMPLE_POOLS if downsample else (None, 1, 1, 1)
+            for stage, pool in enumerate(pools):
+                if pool is not None:
+                    self.fusions[stage] = CrossAttentionFusion(
+                        self.snn.channels[stage], self.ann.channels[stage], pool
+                    )
+        width = sum(branch.channels[-1] for branch in (self.ann, self.snn) if branch is not None)
+        self.head = nn.Linear(width, num_classes)
+
+    def forward(self, key: Tensor, residual: Tensor) -> Tensor:
+        self._check_shapes(key, residual)
+        batch, key_frames = key.shape[:2]
+        ann = snn = None
+        if self.ann is not None:
+            ann = self.ann.stem(key.flatten(0, 1))  # [B*K, 64, H/4, W/4]
+        if self.snn is not None:
+            snn = self.snn.stem(residual.movedim(2, 0).flatten(1, 2))  # [S, B*K, 64, H/2, W/2]
+
+        for stage in range(4):
+            if ann is not None:
+                ann = self.ann.stages[stage](ann)  # [B*K, C_ann, H', W']
+            if snn is not None:
+                snn = self.snn.stages[stage](snn)  # [S, B*K, C, H', W']
+            if self.fusions[stage] is not None:
+                snn = self.fusions[stage](snn, ann)
+
+        pooled = []
+        if ann is not None:
+            pooled.append(ann.mean((2, 3)))  # [B*K, C_ann]
+        if snn is not None:
+            pooled.append(snn.mean((0, 3, 4)))  # [B*K, C]
+        logits = self.head(torch.cat(pooled, dim=1))  # [B*K, classes]
+        return logits.unflatten(0, (batch, key_frames)).mean(1)
+
+    def _check_shapes(self, key: Tensor, residual: Tensor) -> None:
+        steps = self.stride - 1
+        if key.dim() != 5 or key.shape[2] != 3:
+            raise UserError(f"key frames must be [B, K, 3, H, W], got {list(key.shape)}")
+        expected = [*key.shape[:2], steps, *key.shape[2:]]
+        if list(residual.shape) != expected:
+            raise UserError(f"residual frames must be {expected} for stride {self.stride}, got {list(residual.shape)}")
+        if key.shape[3] % SIZE_MULTIPLE or key.shape[4] % SIZE_MULTIPLE:
+            raise UserError(
+                f"height and width must be multiples of {SIZE_MULTIPLE}, got {key.shape[3]} x {key.shape[4]}"
+            )
+
+    def lif_layers(self) -> dict[str, list[LIF]]:
+        """The LIF layers of each stage in forward order: {"stage1": [...], ...}; empty without an SNN."""
+        if self.snn is None:
+            return {}
+        return {
+            f"stage{number}": [module for module in stage.modules() if isinstance(module, LIF)]
+            for number, stage in enumerate(self.snn.stages, start=1)
+        }
+
+    def load_reference_state_dict(self, state_dict: dict[str, Tensor]) -> None:
+        """Load weights saved by the published code, by its names (`models.published`).
+
+        Both published variants save the same names; `fusion1` is unused, and not loaded, without
+        downsample. Raises UserError naming the first keys that are missing, unknown or misshapen.
+        """
+        self.load_state_dict(rename_published_state_dict(state_dict, self))
