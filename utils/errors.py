@@ -1,7 +1,9 @@
-"""The one exception for what a user can mend, and the frame that turns it into one line."""
+"""The one exception for what a user can mend, and what turns it into one line."""
 
+import argparse
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
 
 class UserError(ValueError):
@@ -9,7 +11,25 @@ class UserError(ValueError):
     expected, what was found, what to do."""
 
 
-def run_script(main: Callable[[], int | None]) -> None:
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse with its complaint in one line and no guessing of abbreviated flags."""
+
+    def __init__(self, **settings):
+        super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **settings)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (--help lists the flags)")
+
+
+def worker_error(error: UserError) -> UserError:
+    """A `UserError` raised in a DataLoader's worker comes wrapped in its traceback: its own line again."""
+    message = str(error)
+    if not message.startswith("Caught "):
+        return error
+    return UserError(message.strip().splitlines()[-1].partition("Error: ")[2])
+
+
+def run_script(main: Callable[[], int | None]) -> NoReturn:
     """Run a script's main and exit with what it returns; a `UserError` becomes one line and status 2."""
     try:
         sys.exit(main())
@@ -17,3 +37,6 @@ def run_script(main: Callable[[], int | None]) -> None:
         sys.stdout.flush()
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)

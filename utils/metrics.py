@@ -1,6 +1,64 @@
 """Sums and counts, kept on the device and read at the end."""
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+
+
+class ClipScores:
+    """Loss and top-1/top-5 accuracy over clips. All in float64 sums: a partial state is a checkpoint's
+    to keep (`state`), and adding the rest gives what an undisturbed pass gives."""
+
+    def __init__(self, device: torch.device, state: list[float] | None = None):
+        # loss sum, top-1 hits, top-5 hits, clips
+        self._sums = torch.zeros(4, dtype=torch.float64, device=device)
+        if state is not None:
+            self._sums += torch.tensor(state, dtype=torch.float64)
+
+    def add(self, logits: Tensor, labels: Tensor, loss: Tensor) -> None:
+        """logits [B, classes], labels [B], loss the mean over the B clips."""
+        hits = _hits(logits, labels)
+        self._sums[0] += loss.detach().double() * len(labels)
+        self._sums[1] += hits[:, 0].sum()
+        self._sums[2] += hits.sum()
+        self._sums[3] += len(labels)
+
+    def state(self) -> list[float]:
+        return self._sums.tolist()
+
+    def result(self) -> dict[str, float]:
+        """Mean loss; top-1 and top-5 accuracy in percent."""
+        loss, top1, top5, clips = self._sums.tolist()
+        return {"loss": loss / clips, "top1": 100 * top1 / clips, "top5": 100 * top5 / clips}
+
+
+class VideoScores:
+    """Top-1/top-5 accuracy over videos: the softmax of a video's clips is averaged."""
+
+    def __init__(self, videos: int, classes: int, device: torch.device):
+        self._probabilities = torch.zeros(videos, classes, dtype=torch.float64, device=device)
+        self._labels = torch.full((videos,), -1, dtype=torch.long, device=device)
+
+    def add(self, logits: Tensor, labels: Tensor, videos: Tensor) -> None:
+        """logits [B, classes], labels [B], videos [B]: index of each clip's video."""
+        # The sum ranks as the mean does: every video has the same number of views.
+        self._probabilities.index_add_(0, videos, logits.detach().double().softmax(1))
+        self._labels[videos] = labels
+
+    def result(self) -> dict[str, float]:
+        """Accuracies in percent, and the number of videos that had a clip."""
+        seen = self._labels >= 0
+        hits = _hits(self._probabilities[seen], self._labels[seen]).double()
+        return {
+            "top1": 100 * hits[:, 0].mean().item(),
+            "top5": 100 * hits.sum(1).mean().item(),
+            "videos": int(seen.sum()),
+        }
+
+
+def _hits(scores: Tensor, labels: Tensor) -> Tensor:
+    """[B, min(5, classes)] booleans: whether the label is the k-th best."""
+    best = scores.detach().topk(min(5, scores.shape[1]), dim=1).indices
+    return best == labels[:, None]
 
 
 class FiringRates:

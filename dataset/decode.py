@@ -1,0 +1,180 @@
+"""Exact frames out of a video file, with PyAV: path and frame indices in, uint8 RGB out.
+
+A frame's index is its place in presentation order among the frames the decoder gives out, which is
+the only definition that holds for files with missing, repeated or shuffled timestamps.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import av
+import numpy
+from av.video.reformatter import VideoReformatter
+
+from utils.errors import UserError
+
+# Damaged files make FFmpeg talk; what matters is raised, counted or written to the run folder.
+av.logging.set_level(av.logging.PANIC)
+
+# Containers of video data sets. Playlists (hls, concat, dash, image sequences, sdp ...) stay out: they
+# name other files or addresses, and FFmpeg recognises them by content, whatever the file is called.
+_CONTAINERS = "avi,mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,mpeg,mpegts,mpegvideo,flv,asf,ogg,nut,ivf,m4v,h264,hevc"
+_OPEN_OPTIONS = {"protocol_whitelist": "file", "format_whitelist": _CONTAINERS}
+
+# A seek costs about as much as decoding this many frames (benchmarks/bench_decode.py).
+_SEEK_COST_FRAMES = 3
+
+
+class VideoError(UserError):
+    """A video file that cannot give what was asked for."""
+
+
+class SeekPoint(NamedTuple):
+    """A keyframe from which decoding gives the very frames that decoding from the start gives."""
+
+    index: int  # of the frame, in presentation order
+    pts: int  # presentation timestamp, in the stream's time base
+
+
+def decode_frames(
+    path: str | os.PathLike, indices: Sequence[int], seek_points: Sequence[SeekPoint] = ()
+) -> numpy.ndarray:
+    """The frames at `indices`, in that order, repeats allowed: uint8 RGB [len(indices), H, W, 3], upright.
+
+    Decodes from the start, or from the best of `seek_points` (`dataset.index.probe` finds them), and
+    nothing past the last wanted frame; converts wanted frames only; one thread. Raises VideoError
+    for a file that is no local video, is damaged beyond decoding or has fewer frames.
+    """
+    indices = [int(index) for index in indices]
+    if not indices:
+        raise ValueError("decode_frames: no indices given")
+    if min(indices) < 0:
+        raise ValueError(f"decode_frames: indices count from 0, got {min(indices)}")
+    try:
+        try:
+            frames = _decode_wanted(path, sorted(set(indices)), sorted(seek_points))
+        except _SeekMissedError:  # the file is not the one that was indexed, or its demuxer is not exact
+            frames = _decode_wanted(path, sorted(set(indices)), ())
+    except (av.error.FFmpegError, OSError, ValueError) as error:
+        if isinstance(error, VideoError):
+            raise
+        raise VideoError(f"{path}: cannot be decoded ({_reason(error)})") from error
+    first = frames[indices[0]]
+    clip = numpy.empty((len(indices), *first.shape), dtype=numpy.uint8)
+    for position, index in enumerate(indices):
+        clip[position] = frames[index]
+    return clip
+
+
+def open_video(path: str | os.PathLike) -> av.container.InputContainer:
+    """Open a local video file for reading. Raises VideoError in one line for anything else."""
+    if not Path(path).is_file():
+        raise VideoError(f"{path}: no such file (only local video files are opened)")
+    try:
+        # "file:" keeps a name such as "concat:a.avi" from being taken for a protocol.
+        return av.open(f"file:{Path(path).absolute()}", metadata_errors="replace", options=dict(_OPEN_OPTIONS))
+    except av.error.ArgumentError as error:  # the white list's refusal
+        raise VideoError(f"{path}: not a video file of a known container (avi, mp4, mkv, webm, ...)") from error
+    except (av.error.FFmpegError, OSError, ValueError) as error:
+        raise VideoError(f"{path}: not a readable video file ({_reason(error)})") from error
+
+
+def video_stream(container: av.container.InputContainer, path: str | os.PathLike) -> av.video.stream.VideoStream:
+    """The first video stream, set to decode in one thread; cover pictures do not count."""
+    for stream in container.streams.video:
+        if not stream.disposition & av.stream.Disposition.attached_pic:
+            stream.thread_type = "NONE"
+            stream.codec_context.thread_count = 1
+            return stream
+    raise VideoError(f"{path}: holds no video stream")
+
+
+def decoded(container: av.container.InputContainer, stream, on_damage=lambda: None) -> Iterator[av.VideoFrame]:
+    """Every frame from the container's position on, in presentation order; a damaged packet is passed
+    over, as players do, after calling `on_damage`."""
+    try:
+        for packet in container.demux(stream):
+            try:
+                frames = packet.decode()
+            except av.error.InvalidDataError:
+                on_damage()
+                continue
+            yield from frames
+    except av.error.InvalidDataError:  # the container itself breaks off
+        on_damage()
+
+
+class _SeekMissedError(Exception):
+    pass
+
+
+def _decode_wanted(
+    path: str | os.PathLike, wanted: list[int], seek_points: Sequence[SeekPoint]
+) -> dict[int, numpy.ndarray]:
+    with open_video(path) as container:
+        stream = video_stream(container, path)
+        to_rgb = _RGBConverter()
+        frames = decoded(container, stream)
+        position = 0  # index of the frame that `frames` gives next
+        found = {}
+        for index in wanted:
+            point = _best_seek_point(seek_points, index)
+            if point is not None and point.index > position + _SEEK_COST_FRAMES:
+                frames = _seek(container, stream, point)
+                position = point.index
+            for frame in frames:
+                position += 1
+                if position > index:
+                    found[index] = to_rgb(frame)
+                    break
+            else:
+                raise VideoError(f"{path}: frame {index} was wanted, the file has {position} decodable frames")
+        return found
+
+
+def _best_seek_point(seek_points: Sequence[SeekPoint], index: int) -> SeekPoint | None:
+    best = None
+    for point in seek_points:
+        if point.index > index:
+            break
+        best = point
+    return best
+
+
+def _seek(container, stream, point: SeekPoint) -> Iterator[av.VideoFrame]:
+    """The frames from a seek point on."""
+    container.seek(point.pts, stream=stream, backward=True)
+    frames = decoded(container, stream)
+    for frame in frames:
+        if frame.pts is None or frame.pts > point.pts:
+            break
+        if frame.pts == point.pts:
+            return _chain(frame, frames)
+    raise _SeekMissedError
+
+
+def _chain(first: av.VideoFrame, rest: Iterator[av.VideoFrame]) -> Iterator[av.VideoFrame]:
+    yield first
+    yield from rest
+
+
+class _RGBConverter:
+    """Frames of one file to upright RGB arrays [H, W, 3] of one size."""
+
+    def __init__(self):
+        self._reformatter = VideoReformatter()  # kept: setting one up for each frame costs as much as using it
+        self._size = None
+
+    def __call__(self, frame: av.VideoFrame) -> numpy.ndarray:
+        if self._size is None:
+            self._size = frame.width, frame.height
+        width, height = self._size  # a file that changes size in the middle is scaled to its first frame's
+        rgb = self._reformatter.reformat(frame, width, height, "rgb24", threads=1).to_ndarray()
+        quarter_turns = round(frame.rotation / 90)  # counter-clockwise, from the display matrix
+        return numpy.rot90(rgb, quarter_turns) if quarter_turns % 4 else rgb
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__

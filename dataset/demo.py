@@ -1,0 +1,184 @@
+"""A generated data set: eight classes of motion that no single frame tells.
+
+Two textured shapes, brighter than their textured ground, move left, right, up or down, turn clockwise
+or counter-clockwise, grow or shrink. Everything else is drawn independently of the class, and so
+that it stays so in every frame: places lie on a torus, where a uniform place stays uniform under any
+motion; angles likewise on a circle; the logarithm of the size on an interval whose ends are joined,
+so a growing shape that has become largest goes on as smallest. A single frame therefore has the same
+distribution under every class, and only what changes between frames tells them apart. A horizontal
+flip would swap classes.
+
+Written as MPEG-4 in AVI, in HMDB-51's layout, by PyAV.
+"""
+
+import json
+import math
+import multiprocessing
+import os
+import shutil
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy
+
+from utils.errors import UserError
+from utils.progress import Progress
+
+CLASSES = (
+    "move_left", "move_right", "move_up", "move_down", "turn_clockwise", "turn_counterclockwise", "grow", "shrink",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class DemoSettings:
+    """Everything that shapes the generated files."""
+
+    train_videos_per_class: int = 40
+    test_videos_per_class: int = 24
+    frames: int = 32
+    side_pixels: int = 80
+    shapes: int = 2
+    seed: int = 0
+    version: int = 1  # of the drawing code below
+
+
+def generate_demo(root: Path, settings: DemoSettings, workers: int) -> tuple[Path, Path]:
+    """Write the data set under `root` unless it is there already, with these settings.
+
+    Returns (data_root, annotation_path) for `dataset.records.read_hmdb51`.
+    """
+    videos, splits, stamp = root / "videos", root / "splits", root / "settings.json"
+    wanted = asdict(settings)
+    try:
+        if stamp.is_file() and json.loads(stamp.read_text()) == wanted:
+            return videos, splits
+        for folder in (videos, splits):
+            if folder.exists():
+                shutil.rmtree(folder)
+            folder.mkdir(parents=True)
+        tasks = []
+        for label, name in enumerate(CLASSES):
+            (videos / name).mkdir()
+            lines = []
+            for part, count in (("train", settings.train_videos_per_class), ("test", settings.test_videos_per_class)):
+                for number in range(count):
+                    # <source>_<class>_<properties>_<number>.avi, as HMDB-51 names its files
+                    file = f"{part}{number:04d}_{name}_f_nm_np1_fr_goo_0.avi"
+                    tasks.append((videos / name / file, label, part, number, settings))
+                    lines.append(f"{file} {1 if part == 'train' else 2}\n")
+            (splits / f"{name}_test_split1.txt").write_text("".join(lines))
+        context = multiprocessing.get_context("fork" if hasattr(os, "fork") else "spawn")
+        with ProcessPoolExecutor(workers, mp_context=context) as pool:
+            with Progress(len(tasks), "generating demo videos", unit="video") as progress:
+                for _ in pool.map(_write_task, tasks, chunksize=4):
+                    progress.advance()
+        stamp.write_text(json.dumps(wanted))  # last: an interrupted generation starts over
+    except OSError as error:
+        raise UserError(f"{root}: the demo videos cannot be written ({error.strerror})") from error
+    return videos, splits
+
+
+def _write_task(task: tuple) -> None:
+    path, label, part, number, settings = task
+    # The test videos' numbers are drawn from other seeds than the training videos'.
+    seed = numpy.random.SeedSequence([settings.seed, {"train": 1, "test": 2}[part], label, number])
+    write_video(path, draw_video(CLASSES[label], numpy.random.default_rng(seed), settings))
+
+
+def write_video(path: Path, frames: numpy.ndarray, fps: int = 30) -> None:
+    """uint8 RGB [T, H, W, 3] to an MPEG-4 .avi, at a bit rate that leaves no trace of the motion in a frame."""
+    with av.open(str(path), "w", format="avi") as container:
+        stream = container.add_stream("mpeg4", rate=Fraction(fps))
+        stream.width, stream.height, stream.pix_fmt = frames.shape[2], frames.shape[1], "yuv420p"
+        stream.codec_context.gop_size = 12
+        stream.codec_context.bit_rate = 8_000_000
+        stream.codec_context.thread_count = 1
+        for frame in frames:
+            for packet in stream.encode(av.VideoFrame.from_ndarray(numpy.ascontiguousarray(frame), format="rgb24")):
+                container.mux(packet)
+        for packet in stream.encode():
+            container.mux(packet)
+
+
+_LOG_SIZE = math.log(0.08), math.log(0.26)  # half the width of a shape, as a share of the frame's side
+
+
+def draw_video(name: str, generator: numpy.random.Generator, settings: DemoSettings) -> numpy.ndarray:
+    """One video of a class: uint8 RGB [frames, side, side, 3]."""
+    side = settings.side_pixels
+    ground = _texture(generator, side, cells=10, low=20, high=110)  # [side, side, 3]
+    # Every shape gets every kind of random number, so what the class does not use says nothing of it.
+    shapes = [
+        {
+            "centre": generator.uniform(0, 1, 2),
+            "angle": generator.uniform(0, 2 * math.pi),
+            "log_size": generator.uniform(*_LOG_SIZE),
+            "speed": generator.uniform(0.02, 0.035),  # of the side, a frame
+            "turn": generator.uniform(0.10, 0.17),  # radians a frame
+            "growth": generator.uniform(0.05, 0.08),  # of the logarithm, a frame
+            "corners": int(generator.integers(3, 6)),
+            "texture": _texture(generator, 24, cells=6, low=150, high=255),
+        }
+        for _ in range(settings.shapes)
+    ]
+    video = numpy.empty((settings.frames, side, side, 3), dtype=numpy.uint8)
+    for time in range(settings.frames):
+        frame = ground.copy()
+        for shape in shapes:
+            centre, angle, size = _pose(name, shape, time)
+            alpha, colour = _draw_shape(shape, centre, angle, size, side)
+            frame += alpha[..., None] * (colour - frame)
+        video[time] = frame.round().clip(0, 255)
+    return video
+
+
+def _pose(name: str, shape: dict, time: int) -> tuple[numpy.ndarray, float, float]:
+    """Place, angle and size of a shape at a frame; x to the right, y down, angles clockwise on the screen."""
+    motion = {
+        "move_left": (-1, 0), "move_right": (1, 0), "move_up": (0, -1), "move_down": (0, 1),
+    }.get(name, (0, 0))  # fmt: skip
+    turn = {"turn_clockwise": 1, "turn_counterclockwise": -1}.get(name, 0)
+    growth = {"grow": 1, "shrink": -1}.get(name, 0)
+    centre = (shape["centre"] + time * shape["speed"] * numpy.array(motion)) % 1.0
+    angle = shape["angle"] + time * turn * shape["turn"]
+    low, high = _LOG_SIZE
+    log_size = low + (shape["log_size"] - low + time * growth * shape["growth"]) % (high - low)
+    return centre, angle, math.exp(log_size)
+
+
+def _draw_shape(shape: dict, centre, angle: float, size: float, side: int) -> tuple[numpy.ndarray, numpy.ndarray]:
+    """Coverage [side, side] and colour [side, side, 3] of a regular polygon with the shape's texture."""
+    axis = (numpy.arange(side) + 0.5) / side
+    dx = (axis[None, :] - centre[0] + 0.5) % 1.0 - 0.5  # torus
+    dy = (axis[:, None] - centre[1] + 0.5) % 1.0 - 0.5
+    x = (numpy.cos(angle) * dx + numpy.sin(angle) * dy) / size
+    y = (-numpy.sin(angle) * dx + numpy.cos(angle) * dy) / size
+    sector = 2 * math.pi / shape["corners"]
+    radius, phi = numpy.hypot(x, y), numpy.arctan2(y, x)
+    # Distance to the polygon's edge in units of its size, with an edge one pixel soft.
+    inside = math.cos(sector / 2) - radius * numpy.cos((phi % sector) - sector / 2)
+    alpha = (inside * size * side + 0.5).clip(0.0, 1.0)
+    texture = shape["texture"]
+    cells = texture.shape[0]
+    column = ((x + 1) / 2 * (cells - 1)).clip(0, cells - 1.001)
+    row = ((y + 1) / 2 * (cells - 1)).clip(0, cells - 1.001)
+    return alpha, _bilinear(texture, row, column)
+
+
+def _texture(generator: numpy.random.Generator, side: int, cells: int, low: float, high: float) -> numpy.ndarray:
+    """Smooth colour noise between two brightnesses: float [side, side, 3]."""
+    noise = generator.uniform(low, high, (cells, cells, 3))
+    axis = numpy.linspace(0, cells - 1.001, side)
+    return _bilinear(noise, axis[:, None], axis[None, :])
+
+
+def _bilinear(image: numpy.ndarray, row: numpy.ndarray, column: numpy.ndarray) -> numpy.ndarray:
+    row, column = numpy.broadcast_arrays(row, column)
+    r, c = row.astype(int), column.astype(int)
+    fr, fc = (row - r)[..., None], (column - c)[..., None]
+    top = image[r, c] * (1 - fc) + image[r, c + 1] * fc
+    bottom = image[r + 1, c] * (1 - fc) + image[r + 1, c + 1] * fc
+    return top * (1 - fr) + bottom * fr

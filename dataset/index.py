@@ -1,0 +1,204 @@
+"""What is in each video file: found once by decoding it, in parallel, and cached.
+
+The cache's key is everything that shapes an entry: the file's path, size and modification time, the
+decoder's version and this format's.
+"""
+
+import json
+import multiprocessing
+import os
+import zlib
+from collections.abc import Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import av
+
+from dataset.decode import SeekPoint, VideoError, decoded, open_video, video_stream
+from utils.errors import UserError
+from utils.files import write_atomically
+from utils.progress import Progress
+
+_FORMAT = 1
+_DECODER = f"libavcodec {'.'.join(map(str, av.library_versions['libavcodec']))}"
+_FRAMES_CHECKED_AFTER_A_SEEK = 8
+
+
+@dataclass(frozen=True)
+class VideoInfo:
+    """What decoding a file gave. `error` is None for a readable file, else its one line."""
+
+    frames: int = 0  # decodable
+    width: int = 0  # pixels, upright
+    height: int = 0
+    fps: float = 0.0  # average frames per second as the container says; 0 where it does not
+    damaged_packets: int = 0
+    seek_points: tuple[SeekPoint, ...] = field(default=(), repr=False)
+    error: str | None = None
+
+
+def probe(path: str | os.PathLike) -> VideoInfo:
+    """Decode a whole file and say what is in it. Raises VideoError where it gives no frame."""
+    damaged = 0
+
+    def count_damage():
+        nonlocal damaged
+        damaged += 1
+
+    try:
+        with open_video(path) as container:
+            stream = video_stream(container, path)
+            timestamps, keyframes, checksums = [], [], {}
+            width = height = 0
+            for frame in decoded(container, stream, count_damage):
+                index = len(timestamps)
+                if index == 0:
+                    width, height = frame.width, frame.height
+                    if round(frame.rotation / 90) % 2:
+                        width, height = height, width
+                timestamps.append(frame.pts)
+                if frame.key_frame and index > 0:
+                    keyframes.append(index)
+                if keyframes and index < keyframes[-1] + _FRAMES_CHECKED_AFTER_A_SEEK:
+                    checksums[index] = _checksum(frame)
+            fps = float(stream.average_rate or 0)
+            seek_points = ()
+            if timestamps and not damaged and _strictly_increasing(timestamps):
+                candidates = [SeekPoint(index, timestamps[index]) for index in keyframes]
+                seek_points = tuple(p for p in candidates if _seek_is_exact(container, stream, p, checksums))
+    except (av.error.FFmpegError, OSError) as error:
+        raise VideoError(f"{path}: cannot be decoded ({error})") from error
+    if not timestamps:
+        raise VideoError(f"{path}: holds no decodable frame")
+    return VideoInfo(len(timestamps), width, height, fps, damaged, seek_points)
+
+
+def _strictly_increasing(timestamps: list[int | None]) -> bool:
+    return None not in timestamps and all(a < b for a, b in zip(timestamps, timestamps[1:], strict=False))
+
+
+def _checksum(frame: av.VideoFrame) -> int:
+    return zlib.crc32(memoryview(frame.planes[0]))  # luma is enough to tell frames apart
+
+
+def _seek_is_exact(container, stream, point: SeekPoint, checksums: dict[int, int]) -> bool:
+    """Whether decoding from this keyframe gives the same frames as decoding from the start did."""
+    try:
+        container.seek(point.pts, stream=stream, backward=True)
+        index = None
+        for frame in decoded(container, stream):
+            if index is None:
+                if frame.pts is None or frame.pts > point.pts:
+                    return False
+                if frame.pts < point.pts:
+                    continue
+                index = point.index
+            if index not in checksums or index >= point.index + _FRAMES_CHECKED_AFTER_A_SEEK:
+                return True
+            if _checksum(frame) != checksums[index]:
+                return False
+            index += 1
+    except (av.error.FFmpegError, OSError):
+        return False
+    return index is not None
+
+
+class VideoIndex:
+    """`VideoInfo` of many files, kept in one JSON file.
+
+    cache_file None keeps nothing. `lookup` probes what the cache lacks in `workers` processes.
+    """
+
+    def __init__(self, cache_file: Path | None):
+        self._cache_file = cache_file
+        self._entries: dict[str, list] = {}
+        if cache_file is not None:
+            self._entries = _read_cache(cache_file)
+
+    def lookup(self, paths: Sequence[str], workers: int) -> dict[str, VideoInfo]:
+        """What is in each file, by path; a file that cannot be read has `error` set."""
+        stamps = {path: _stamp(path) for path in paths}
+        stale = [path for path, stamp in stamps.items() if self._entries.get(path, [None])[0] != stamp]
+        if stale:
+            for path, info in _probe_all(stale, max(1, workers)):
+                self._entries[path] = [stamps[path], asdict(info)]
+            self._save()
+        return {path: _info_from_json(self._entries[path][1]) for path in paths}
+
+    def _save(self) -> None:
+        if self._cache_file is None:
+            return
+        content = {"format": _FORMAT, "decoder": _DECODER, "files": self._entries}
+        try:
+            self._cache_file.parent.mkdir(parents=True, exist_ok=True)
+            # Other runs may have added files meanwhile; the newer of two entries for a file is equal.
+            content["files"] = {**_read_cache(self._cache_file), **self._entries}
+            write_atomically(self._cache_file, json.dumps(content).encode())
+        except OSError as error:
+            raise UserError(
+                f"{self._cache_file}: the video index cannot be written ({error.strerror}); "
+                "name a writable folder with --index-dir"
+            ) from error
+
+
+def _read_cache(cache_file: Path) -> dict[str, list]:
+    try:
+        content = json.loads(cache_file.read_bytes())
+    except (OSError, ValueError):  # absent, or cut off: it is built again
+        return {}
+    if not isinstance(content, dict) or (content.get("format"), content.get("decoder")) != (_FORMAT, _DECODER):
+        return {}
+    return content["files"]
+
+
+def _stamp(path: str) -> list[int]:
+    try:
+        status = os.stat(path)
+    except OSError:
+        return [-1, -1]
+    return [status.st_size, status.st_mtime_ns]
+
+
+def _info_from_json(value: dict) -> VideoInfo:
+    return VideoInfo(**{**value, "seek_points": tuple(SeekPoint(*point) for point in value["seek_points"])})
+
+
+def _probe_or_error(path: str) -> VideoInfo:
+    try:
+        return probe(path)
+    except VideoError as error:
+        return VideoInfo(error=str(error))
+
+
+def _probe_all(paths: list[str], workers: int):
+    """Yield (path, VideoInfo), as they are done. A file that kills its worker is named unreadable."""
+    context = multiprocessing.get_context("fork" if hasattr(os, "fork") else "spawn")
+    suspects = []
+    with Progress(len(paths), "indexing videos", unit="video") as progress:
+        waiting = list(reversed(paths))
+        while waiting:
+            with ProcessPoolExecutor(min(workers, len(waiting)), mp_context=context) as pool:
+                running = {}
+                broken = False
+                while (waiting or running) and not broken:
+                    while waiting and len(running) < 2 * workers:
+                        path = waiting.pop()
+                        running[pool.submit(_probe_or_error, path)] = path
+                    for future in wait(running, return_when=FIRST_COMPLETED).done:
+                        path = running.pop(future)
+                        try:
+                            yield path, future.result()
+                            progress.advance()
+                        except BrokenProcessPool:
+                            suspects.append(path)
+                            broken = True
+                suspects.extend(running.values())
+        for path in suspects:  # one of these killed its process: each alone now
+            with ProcessPoolExecutor(1, mp_context=context) as pool:
+                try:
+                    yield path, pool.submit(_probe_or_error, path).result()
+                except BrokenProcessPool:
+                    yield path, VideoInfo(error=f"{path}: decoding it kills the decoder's process")
+            progress.advance()

@@ -1,0 +1,173 @@
+"""Which videos, with which labels: one reader per official layout.
+
+Each reader returns a `Split`: classes and labels come from the official files, so anyone's data in
+the same layout works. To add a data set, add a reader here and its line in the training script.
+"""
+
+import random
+import re
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from utils.errors import UserError
+
+VIDEO_SUFFIXES = {".avi", ".mp4", ".mkv", ".webm", ".mov"}
+
+
+@dataclass(frozen=True)
+class VideoRecord:
+    path: str
+    label: int
+    group: str  # source of the video: clips of one source must not be on both sides of a split
+
+
+@dataclass(frozen=True)
+class Split:
+    """The videos of one official split that are on disk."""
+
+    classes: list[str]
+    train: list[VideoRecord]
+    test: list[VideoRecord]
+    missing: list[str]  # "class/file" that the lists name and the disk lacks
+    unlisted: list[str]  # "class/file" on disk that no list of this split names
+
+    def classes_on_disk(self) -> int:
+        return len({record.label for record in self.train + self.test})
+
+
+def read_hmdb51(data_root: str | Path, annotation_path: str | Path, split: int) -> Split:
+    """HMDB-51's layout: `data_root/<class>/*.avi` and `annotation_path/<class>_test_split<split>.txt`,
+    lines `file.avi n` with n 1 for training, 2 for testing, 0 for neither. Classes in alphabetical order.
+
+    Raises UserError naming the file or folder that is missing, empty or malformed.
+    """
+    data_root = _folder(data_root, "--data-root", "the class folders with the videos")
+    annotation_path = _folder(annotation_path, "--annotation-path", "the files <class>_test_split<n>.txt")
+    suffix = f"_test_split{split}.txt"
+    lists = sorted(annotation_path.glob(f"*{suffix}"), key=lambda file: file.name.removesuffix(suffix))
+    if not lists:
+        raise UserError(f"--annotation-path {annotation_path}: expected files <class>{suffix}, found none")
+    classes = [file.name.removesuffix(suffix) for file in lists]
+    listed = []  # (class/file, label, part)
+    for label, (name, file) in enumerate(zip(classes, lists, strict=True)):
+        for number, line in _lines(file):
+            fields = line.rsplit(maxsplit=1)
+            if len(fields) != 2 or fields[1] not in ("0", "1", "2"):
+                raise UserError(f"{file}:{number}: expected `video 0|1|2`, found `{line}`")
+            listed.append((f"{name}/{fields[0]}", label, {"0": None, "1": "train", "2": "test"}[fields[1]]))
+    return _match(data_root, classes, listed, f"split {split} in {annotation_path}", _hmdb51_group)
+
+
+def _hmdb51_group(name: str) -> str:
+    # <source>_<class>_<6 properties>_<number>.avi: clips of one film share their source.
+    video_class, file = name.split("/", 1)
+    return file.rpartition(f"_{video_class}_")[0] or file
+
+
+def read_ucf101(data_root: str | Path, annotation_path: str | Path, split: int) -> Split:
+    """UCF-101's layout: `data_root/<class>/*.avi` and in `annotation_path` classInd.txt (`index class`),
+    trainlist0<split>.txt (`class/file.avi index`) and testlist0<split>.txt (`class/file.avi`).
+
+    Raises UserError naming the file or folder that is missing, empty or malformed.
+    """
+    data_root = _folder(data_root, "--data-root", "the class folders with the videos")
+    annotation_path = _folder(annotation_path, "--annotation-path", "classInd.txt, trainlist0n.txt and testlist0n.txt")
+    class_file = annotation_path / "classInd.txt"
+    numbered = []
+    for number, line in _lines(class_file):
+        fields = line.split(maxsplit=1)
+        if len(fields) != 2 or not fields[0].isdigit():
+            raise UserError(f"{class_file}:{number}: expected `index class`, found `{line}`")
+        numbered.append((int(fields[0]), fields[1]))
+    classes = [name for _, name in sorted(numbered)]
+    labels = {name: label for label, name in enumerate(classes)}
+    listed = []
+    for part in ("train", "test"):
+        list_file = annotation_path / f"{part}list{split:02d}.txt"
+        for number, line in _lines(list_file):
+            # Only the training list carries an index behind the path; the class is the folder's name.
+            name = re.sub(r"\s+\d+$", "", line)
+            video_class = name.split("/", 1)[0]
+            if "/" not in name or video_class not in labels:
+                raise UserError(f"{list_file}:{number}: expected `class/video` of a class in {class_file}, found `{line}`")
+            listed.append((name, labels[video_class], part))
+    return _match(data_root, classes, listed, f"split {split} in {annotation_path}", _ucf101_group)
+
+
+def _ucf101_group(name: str) -> str:
+    # v_<class>_g<group>_c<clip>.avi: a group has one actor and background.
+    return re.sub(r"_c\d+\.\w+$", "", name.split("/", 1)[1])
+
+
+def cut_validation(records: list[VideoRecord], fraction: float, seed: int) -> tuple[list[VideoRecord], list[VideoRecord]]:
+    """(training, validation): whole groups moved to validation until it holds `fraction` of the videos."""
+    groups = sorted({record.group for record in records})
+    if len(groups) < 2:
+        raise UserError(f"--val-fraction {fraction:g}: needs at least 2 source groups to cut, the training split has {len(groups)}")
+    random.Random(f"validation/{seed}").shuffle(groups)
+    sizes = Counter(record.group for record in records)
+    chosen, count = set(), 0
+    for group in groups[:-1]:
+        if count >= fraction * len(records):
+            break
+        chosen.add(group)
+        count += sizes[group]
+    return [r for r in records if r.group not in chosen], [r for r in records if r.group in chosen]
+
+
+def drop(split: Split, paths: Iterable[str]) -> Split:
+    """The split without some files."""
+    gone = set(paths)
+    return replace(
+        split,
+        train=[record for record in split.train if record.path not in gone],
+        test=[record for record in split.test if record.path not in gone],
+    )
+
+
+def _folder(path: str | Path, flag: str, expected: str) -> Path:
+    if not str(path):
+        raise UserError(f"{flag}: not set; give the folder that holds {expected}")
+    path = Path(path)
+    if not path.is_dir():
+        raise UserError(f"{flag} {path}: no such folder; expected {expected}")
+    return path
+
+
+def _lines(file: Path) -> Iterable[tuple[int, str]]:
+    try:
+        text = file.read_text(encoding="utf-8", errors="surrogateescape")
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror})") from error
+    for number, line in enumerate(text.splitlines(), start=1):
+        if line.strip():
+            yield number, line.strip()
+
+
+def _match(data_root: Path, classes: list[str], listed: list[tuple[str, int, str | None]], what: str, group) -> Split:
+    """Hold the lists against the disk."""
+    on_disk = set()
+    for name in classes:
+        folder = data_root / name
+        if not folder.is_dir():
+            continue
+        files = [file for file in folder.iterdir() if file.suffix.lower() in VIDEO_SUFFIXES]
+        if not files:
+            raise UserError(f"{folder}: class folder without a video; fill it or remove it")
+        on_disk.update(f"{name}/{file.name}" for file in files)
+    parts = {"train": [], "test": []}
+    missing = []
+    for name, label, part in listed:
+        if name not in on_disk:
+            missing.append(name)
+        elif part is not None:
+            parts[part].append(VideoRecord(str(data_root / name), label, group(name)))
+    if not parts["train"] and not parts["test"]:
+        raise UserError(f"{what}: none of its {len(listed)} videos is in --data-root {data_root}; expected {listed[0][0] if listed else 'a list'}")
+    for part, records in parts.items():
+        if not records:
+            raise UserError(f"{what}: none of its videos to {part} on is in --data-root {data_root}")
+    unlisted = sorted(on_disk - {name for name, _, _ in listed})
+    return Split(classes, parts["train"], parts["test"], missing, unlisted)

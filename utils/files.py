@@ -1,0 +1,21 @@
+"""Writing files so that a reader, or the next start, never sees half of one."""
+
+import os
+from pathlib import Path
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write to a neighbour, flush it to disk, then rename: `path` holds the old content or the new.
+
+    Raises OSError; the neighbour is removed and `path` untouched then.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise

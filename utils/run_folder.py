@@ -1,0 +1,127 @@
+"""The folder of one run: configuration, metrics, checkpoints, TensorBoard, lists of files left out."""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from torch.utils.tensorboard import SummaryWriter
+
+from utils.errors import UserError
+
+_PACKAGES = ("torch", "torchvision", "triton", "spikingjelly", "av", "numpy")
+
+
+class RunFolder:
+    """Creates `path`. A folder that holds a run already is only opened to resume it or with `overwrite`."""
+
+    def __init__(self, path: Path, resuming: bool, overwrite: bool):
+        self.path = path
+        self.last = path / "last.pt"
+        self.best = path / "best.pt"
+        self._metrics = path / "metrics.jsonl"
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            (path / ".write_test").write_bytes(b"")
+            (path / ".write_test").unlink()
+        except OSError as error:
+            raise UserError(
+                f"--run-dir {path}: cannot be written ({error.strerror}); name a writable folder"
+            ) from error
+        for leftover in path.glob(".*.tmp"):  # of a run that was killed while it wrote
+            leftover.unlink(missing_ok=True)
+        earlier = [file for file in (self.last, self.best, self._metrics) if file.exists()]
+        if earlier and not resuming:
+            if not overwrite:
+                raise UserError(
+                    f"--run-dir {path}: holds a run already ({earlier[0].name}); continue it with --resume auto, "
+                    "replace it with --overwrite, or name another folder"
+                )
+            for file in [*earlier, *path.glob("events.out.tfevents.*")]:
+                file.unlink()
+        self._tensorboard = None
+
+    def write_config(self, flags: dict, **more) -> None:
+        """config.json: every flag, the versions it ran with and the commit it ran from."""
+        config = {
+            "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+            "flags": flags,
+            **more,
+            "versions": {"python": platform.python_version(), **_versions()},
+            "git_commit": _git_commit(),
+        }
+        self._write("config.json", json.dumps(config, indent=2, default=str) + "\n")
+
+    def write_list(self, name: str, lines: Sequence[str]) -> Path:
+        """A text file of one item a line, such as the videos left out."""
+        self._write(name, "".join(f"{line}\n" for line in lines))
+        return self.path / name
+
+    def keep_epochs(self, epochs: int) -> None:
+        """Drop the metrics of epochs that a resumed run is about to run again."""
+        if not self._metrics.exists():
+            return
+        lines = []
+        for line in self._metrics.read_text().splitlines():
+            try:
+                if json.loads(line)["epoch"] < epochs:
+                    lines.append(line)
+            except (ValueError, KeyError):  # a line cut off when the run was killed
+                continue
+        self._write("metrics.jsonl", "".join(f"{line}\n" for line in lines))
+
+    def add_metrics(self, metrics: dict) -> None:
+        """A line of metrics.jsonl, and the same numbers to TensorBoard at step `metrics["epoch"]`."""
+        try:
+            with open(self._metrics, "a") as file:
+                file.write(json.dumps(metrics) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise UserError(f"{self._metrics}: cannot be written ({error.strerror})") from error
+        for name, value in metrics.items():
+            for tag, number in value.items() if isinstance(value, dict) else [("", value)]:
+                if isinstance(number, int | float) and name != "epoch":
+                    self.tensorboard.add_scalar(f"{name}/{tag}" if tag else name, number, metrics["epoch"])
+        self.tensorboard.flush()
+
+    @property
+    def tensorboard(self) -> SummaryWriter:
+        if self._tensorboard is None:
+            self._tensorboard = SummaryWriter(str(self.path))
+        return self._tensorboard
+
+    def close(self) -> None:
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+
+    def _write(self, name: str, text: str) -> None:
+        try:
+            (self.path / name).write_text(text, errors="surrogateescape")
+        except OSError as error:
+            raise UserError(f"{self.path / name}: cannot be written ({error.strerror})") from error
+
+
+def _versions() -> dict[str, str | None]:
+    found = {}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def _git_commit() -> str | None:
+    try:
+        result = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40"],
+            cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10, check=True,
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return result.stdout.strip()
