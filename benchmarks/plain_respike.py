@@ -19,7 +19,7 @@ from models.spiking_resnet import SpikingBlock, StepBatchNorm2d
 
 
 def _plain_batch_norm(bn: StepBatchNorm2d) -> nn.BatchNorm2d:
-    plain = nn.BatchNorm2d(bn.num_features)
+    plain = nn.BatchNorm2d(bn.num_features, dtype=bn.weight.dtype)
     plain.load_state_dict(bn.state_dict())
     return plain
 
@@ -70,7 +70,7 @@ class PlainFusion(nn.Module):
 
 
 def _pointwise_conv(linear: nn.Linear) -> nn.Conv2d:
-    conv = nn.Conv2d(linear.in_features, linear.out_features, 1)
+    conv = nn.Conv2d(linear.in_features, linear.out_features, 1, dtype=linear.weight.dtype)
     conv.load_state_dict({"weight": linear.weight[:, :, None, None], "bias": linear.bias})
     return conv
 

@@ -26,6 +26,7 @@ import numpy
 
 from utils.errors import UserError
 from utils.progress import Progress
+from utils.stopping import leave_signals_to_the_main_process
 
 CLASSES = (
     "move_left", "move_right", "move_up", "move_down", "turn_clockwise", "turn_counterclockwise", "grow", "shrink",
@@ -71,7 +72,7 @@ def generate_demo(root: Path, settings: DemoSettings, workers: int) -> tuple[Pat
                     lines.append(f"{file} {1 if part == 'train' else 2}\n")
             (splits / f"{name}_test_split1.txt").write_text("".join(lines))
         context = multiprocessing.get_context("fork" if hasattr(os, "fork") else "spawn")
-        with ProcessPoolExecutor(workers, mp_context=context) as pool:
+        with ProcessPoolExecutor(workers, context, leave_signals_to_the_main_process) as pool:
             with Progress(len(tasks), "generating demo videos", unit="video") as progress:
                 for _ in pool.map(_write_task, tasks, chunksize=4):
                     progress.advance()

@@ -20,6 +20,7 @@ from dataset.decode import SeekPoint, VideoError, decoded, open_video, video_str
 from utils.errors import UserError
 from utils.files import write_atomically
 from utils.progress import Progress
+from utils.stopping import leave_signals_to_the_main_process
 
 _FORMAT = 1
 _DECODER = f"libavcodec {'.'.join(map(str, av.library_versions['libavcodec']))}"
@@ -179,7 +180,7 @@ def _probe_all(paths: list[str], workers: int):
     with Progress(len(paths), "indexing videos", unit="video") as progress:
         waiting = list(reversed(paths))
         while waiting:
-            with ProcessPoolExecutor(min(workers, len(waiting)), mp_context=context) as pool:
+            with ProcessPoolExecutor(min(workers, len(waiting)), context, leave_signals_to_the_main_process) as pool:
                 running = {}
                 broken = False
                 while (waiting or running) and not broken:
@@ -196,7 +197,7 @@ def _probe_all(paths: list[str], workers: int):
                             broken = True
                 suspects.extend(running.values())
         for path in suspects:  # one of these killed its process: each alone now
-            with ProcessPoolExecutor(1, mp_context=context) as pool:
+            with ProcessPoolExecutor(1, context, leave_signals_to_the_main_process) as pool:
                 try:
                     yield path, pool.submit(_probe_or_error, path).result()
                 except BrokenProcessPool:

@@ -36,15 +36,16 @@ def key_residual_split(clip: Tensor, stride: int) -> tuple[Tensor, Tensor]:
     check_stride(clip.shape[1], stride)
     segments = clip.unflatten(1, (-1, stride)).permute(2, 0, 1, 4, 5, 3)  # [stride, B, K, H, W, 3]
     if clip.dtype == torch.uint8:
-        scale = 1.0 / (255.0 * torch.tensor(IMAGENET_STD, device=clip.device))
-        offset = torch.tensor(IMAGENET_MEAN, device=clip.device) / torch.tensor(IMAGENET_STD, device=clip.device)
-        key = segments[0].float()
+        std = torch.tensor(IMAGENET_STD, device=clip.device)
+        mean = torch.tensor(IMAGENET_MEAN, device=clip.device)
+        key = segments[0].to(torch.float32, memory_format=torch.contiguous_format)
+        residual = segments[1:].to(torch.float32, memory_format=torch.contiguous_format)
         # Whole numbers up to 255 are exact in float32: the residual of a static clip is exactly zero.
-        residual = (segments[1:].float() - key).mul_(scale)
-        key = key * scale - offset
+        residual.sub_(key).mul_(1.0 / (255.0 * std))
+        key.mul_(1.0 / (255.0 * std)).sub_(mean / std)
     elif clip.is_floating_point():
         key = segments[0].contiguous()
-        residual = segments[1:] - key
+        residual = segments[1:].contiguous() - key
     else:
         raise UserError(f"clip must be uint8 or floating point, got {clip.dtype}")
-    return key.permute(0, 1, 4, 2, 3), residual.contiguous().permute(1, 2, 0, 5, 3, 4)
+    return key.permute(0, 1, 4, 2, 3), residual.permute(1, 2, 0, 5, 3, 4)

@@ -16,6 +16,7 @@ from dataset.decode import decode_frames
 from dataset.index import VideoInfo
 from dataset.records import VideoRecord
 from dataset.sampling import clip_span_frames, every_start, random_start, spread_starts, window
+from utils.stopping import leave_signals_to_the_main_process
 
 
 class ClipChoice(NamedTuple):
@@ -143,4 +144,5 @@ def make_loader(dataset: VideoDataset, batch_size: int, workers: int, shuffle: b
         pin_memory=pin,
         persistent_workers=workers > 0,
         prefetch_factor=4 if workers > 0 else None,
+        worker_init_fn=leave_signals_to_the_main_process,
     )

@@ -91,7 +91,6 @@ def _lif_spikingjelly(current: Tensor, parameters: LIFParameters, v0: Tensor | N
         surrogate_function=spike,
         detach_reset=parameters.detach_reset,
         step_mode="m",
-        backend="torch",
     )
     # SpikingJelly starts at v_reset; this project's neuron starts at zero or at v0.
     node.v = torch.zeros_like(current[0]) if v0 is None else v0.to(current.dtype)

@@ -103,6 +103,11 @@ class ReSpike(nn.Module):
             raise UserError(
                 f"height and width must be multiples of {SIZE_MULTIPLE}, got {key.shape[3]} x {key.shape[4]}"
             )
+        if self.training and key[:, :, 0].numel() == SIZE_MULTIPLE**2:
+            raise UserError(
+                f"batch norm cannot be trained on one key frame of {SIZE_MULTIPLE} x {SIZE_MULTIPLE} pixels alone; "
+                "take a larger batch, more key frames (-T) or a larger size"
+            )
 
     def lif_layers(self) -> dict[str, list[LIF]]:
         """The LIF layers of each stage in forward order: {"stage1": [...], ...}; empty without an SNN."""

@@ -1,6 +1,7 @@
 """The one exception for what a user can mend, and what turns it into one line."""
 
 import argparse
+import multiprocessing
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -32,11 +33,14 @@ def worker_error(error: UserError) -> UserError:
 def run_script(main: Callable[[], int | None]) -> NoReturn:
     """Run a script's main and exit with what it returns; a `UserError` becomes one line and status 2."""
     try:
-        sys.exit(main())
+        status = main()
     except UserError as error:
         sys.stdout.flush()
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        status = 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        status = 130
+    for worker in multiprocessing.active_children():
+        worker.kill()  # data loading processes ignore the softer signals (utils/stopping.py)
+    sys.exit(status)

@@ -2,6 +2,15 @@
 
 import signal
 
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+def leave_signals_to_the_main_process(*_) -> None:
+    """For worker processes: a terminal's Ctrl-C and a scheduler's SIGTERM reach the whole process group,
+    and a worker that died of one could not serve the step that the main process still finishes."""
+    for number in _SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
 
 class StopRequest:
     """Inside the `with` block, `name` is None until SIGINT or SIGTERM arrives, then the signal's name.
@@ -9,14 +18,12 @@ class StopRequest:
     A second SIGINT is KeyboardInterrupt as ever, for a user who will not wait.
     """
 
-    _SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
     def __init__(self):
         self.name: str | None = None
         self._before = {}
 
     def __enter__(self) -> "StopRequest":
-        for number in self._SIGNALS:
+        for number in _SIGNALS:
             self._before[number] = signal.signal(number, self._receive)
         return self
 

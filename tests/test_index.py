@@ -1,0 +1,119 @@
+import json
+import os
+import shutil
+import time
+
+import pytest
+
+import dataset.index as index_module
+from dataset.demo import write_video
+from dataset.index import VideoIndex, VideoInfo, probe
+from utils.errors import UserError
+
+
+@pytest.fixture
+def videos(tmp_path, tiny_demo):
+    """Four copies of generated videos and two files that are none."""
+    sources = sorted(tiny_demo[0].glob("*/*.avi"))[:4]
+    paths = [str(shutil.copy(source, tmp_path / f"{number}.avi")) for number, source in enumerate(sources)]
+    (tmp_path / "bad.avi").write_bytes(b"no video")
+    (tmp_path / "empty.avi").write_bytes(b"")
+    return [*paths, str(tmp_path / "bad.avi"), str(tmp_path / "empty.avi")]
+
+
+def test_lookup_and_cache(videos, tmp_path, monkeypatch):
+    cache = tmp_path / "cache" / "index.json"
+    found = VideoIndex(cache).lookup(videos, workers=2)
+    assert [found[path].frames for path in videos] == [10, 10, 10, 10, 0, 0]
+    assert found[videos[0]] == probe(videos[0]) and found[videos[0]].error is None
+    assert videos[4] in found[videos[4]].error and videos[5] in found[videos[5]].error
+
+    def not_again(paths, workers):
+        raise AssertionError(f"probed again: {paths}")
+
+    monkeypatch.setattr(index_module, "_probe_all", not_again)
+    assert VideoIndex(cache).lookup(videos, workers=2) == found
+
+
+def test_a_changed_file_is_probed_again(videos, tmp_path):
+    cache = tmp_path / "index.json"
+    VideoIndex(cache).lookup(videos, workers=1)
+    shutil.copy(videos[0], videos[4])  # mended
+    found = VideoIndex(cache).lookup(videos, workers=1)
+    assert found[videos[4]].error is None and found[videos[4]].frames == 10
+    os.remove(videos[1])
+    assert "no such file" in VideoIndex(cache).lookup(videos, workers=1)[videos[1]].error
+
+
+def test_same_size_other_time_is_probed_again(videos, tmp_path):
+    cache = tmp_path / "index.json"
+    VideoIndex(cache).lookup(videos[:1], workers=1)
+    os.utime(videos[0], ns=(1, 1))
+    index = VideoIndex(cache)
+    index._entries[videos[0]][1]["frames"] = 99  # would be served if the time did not count
+    assert index.lookup(videos[:1], workers=1)[videos[0]].frames == 10
+
+
+def test_another_decoder_or_a_damaged_cache_starts_anew(videos, tmp_path):
+    cache = tmp_path / "index.json"
+    VideoIndex(cache).lookup(videos, workers=1)
+    content = json.loads(cache.read_text())
+    content["decoder"] = "another"
+    for entry in content["files"].values():
+        entry[1]["frames"] = 99
+    cache.write_text(json.dumps(content))
+    assert VideoIndex(cache).lookup(videos, workers=1)[videos[0]].frames == 10
+    cache.write_text(cache.read_text()[:100])
+    assert VideoIndex(cache).lookup(videos, workers=1)[videos[0]].frames == 10
+
+
+def test_two_runs_share_a_cache(videos, tmp_path):
+    cache = tmp_path / "index.json"
+    first, second = VideoIndex(cache), VideoIndex(cache)
+    first.lookup(videos[:2], workers=1)
+    second.lookup(videos[2:], workers=1)
+    assert set(json.loads(cache.read_text())["files"]) == set(videos)
+
+
+def kill_the_worker_on_the_second(path):
+    if path.endswith("1.avi"):
+        os._exit(11)
+    return VideoInfo(frames=5)
+
+
+def test_a_file_that_kills_its_decoder_is_named(videos, monkeypatch):
+    monkeypatch.setattr(index_module, "_probe_or_error", kill_the_worker_on_the_second)
+    found = VideoIndex(None).lookup(videos, workers=2)
+    assert "kills the decoder" in found[videos[1]].error
+    assert all(found[path].frames == 5 for path in videos if path != videos[1])
+
+
+def test_cache_folder_without_permission(videos, tmp_path):
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    with pytest.raises(UserError, match="--index-dir"):
+        VideoIndex(blocked / "index.json").lookup(videos, workers=1)
+
+
+def test_warm_start_reads_ten_thousand_entries(tmp_path):
+    """Not a timing: that the cache serves 10,000 files without decoding one, in one read."""
+    video = tmp_path / "v.avi"
+    import numpy
+
+    write_video(video, numpy.zeros((3, 32, 32, 3), dtype=numpy.uint8))
+    paths = []
+    for number in range(10_000):
+        path = tmp_path / f"{number}.avi"
+        os.link(video, path)
+        paths.append(str(path))
+    index = VideoIndex(tmp_path / "index.json")
+    info = probe(video)
+    stamp = [video.stat().st_size, video.stat().st_mtime_ns]
+    from dataclasses import asdict
+
+    index._entries = {path: [stamp, asdict(info)] for path in paths}
+    index._save()
+    started = time.process_time()
+    found = VideoIndex(tmp_path / "index.json").lookup(paths, workers=1)
+    assert len(found) == 10_000 and all(value == info for value in found.values())
+    assert time.process_time() - started < 10  # a decode of each would take far longer
