@@ -36,7 +36,10 @@ def main() -> None:
 
     infos = readable(args.folder)
     decoders = available_decoders(infos)
-    print(f"{len(infos)} videos, {CLIP_FRAMES}-frame clips, 1 thread, {args.clips} clips a file and round, medians of {args.rounds} rounds")
+    print(
+        f"{len(infos)} videos, {CLIP_FRAMES}-frame clips, 1 thread, {args.clips} clips a file and round, "
+        f"medians of {args.rounds} rounds"
+    )
     for name, (_, version) in decoders.items():
         print(f"  {name}: {version}")
     figures = []
@@ -58,8 +61,18 @@ def main() -> None:
                     continue
                 rate = clips / statistics.median(times)
                 ratio = statistics.median(b / a for a, b in zip(ours, times, strict=True))
-                figures.append({"group": group, "sampling": sampling, "decoder": name, "clips_per_second": rate, "ours_is_faster_by": ratio})
-                print(f"{group:12s} {sampling:11s} {name:18s} {rate:8.1f} clips/s   ours, indexed is {ratio:.2f}x as fast")
+                figures.append(
+                    {
+                        "group": group,
+                        "sampling": sampling,
+                        "decoder": name,
+                        "clips_per_second": rate,
+                        "ours_is_faster_by": ratio,
+                    }
+                )
+                print(
+                    f"{group:12s} {sampling:11s} {name:18s} {rate:8.1f} clips/s   ours, indexed is {ratio:.2f}x as fast"
+                )
     if args.json:
         Path(args.json).write_text(json.dumps(figures, indent=2))
 
@@ -115,7 +128,10 @@ def available_decoders(infos: dict) -> dict:
     import av
 
     decoders = {
-        "ours, indexed": (lambda path, indices: decode_frames(path, indices, infos[path].seek_points), f"PyAV {av.__version__}"),
+        "ours, indexed": (
+            lambda path, indices: decode_frames(path, indices, infos[path].seek_points),
+            f"PyAV {av.__version__}",
+        ),
         "ours, not indexed": (decode_frames, f"PyAV {av.__version__}"),
     }
     try:

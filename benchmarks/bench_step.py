@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from benchmarks.plain_respike import PlainReSpike
 from dataset.residual import key_residual_split
 from models import ReSpike
-from utils.engine import autocast
+from utils.device import autocast
 
 
 def parse_args() -> argparse.Namespace:
@@ -55,29 +55,45 @@ def main() -> None:
         for task, (function, training) in tasks.items():
             for build, (model, precision) in builds.items():
                 model.train(training)
-                with autocast(device, precision):  # entered once a pass in testing, as the engine does
+                with autocast(device, precision):  # as the engine: entered once for all batches of a test pass
                     function(model, clip, labels, args.stride)  # casts weights, warms caches
                     seconds = timed(function, device, model, clip, labels, args.stride)
                 if run > 0:
                     times[task, build].append(seconds)
 
-    print(f"{describe(device)}; torch {torch.__version__}; {args.model}, {args.batch_size} clips of {args.time} frames, "
-          f"stride {args.stride}, {args.size} px, {'downsample' if args.downsample else 'full'}; medians of {args.runs} runs")
+    variant = "downsample" if args.downsample else "full"
+    print(
+        f"{describe(device)}; torch {torch.__version__}; {args.model}, {args.batch_size} clips of {args.time} frames, "
+        f"stride {args.stride}, {args.size} px, {variant}; medians of {args.runs} runs"
+    )
     figures = []
     for task in tasks:
         for build in builds:
             seconds = times[task, build]
             ratios = [a / b for a, b in zip(times[task, "plain float32"], seconds, strict=True)]
-            figure = {"task": task, "build": build, "seconds": statistics.median(seconds), "speed_up": statistics.median(ratios),
-                      "speed_up_min": min(ratios), "speed_up_max": max(ratios)}
+            figure = {
+                "task": task,
+                "build": build,
+                "seconds": statistics.median(seconds),
+                "speed_up": statistics.median(ratios),
+                "speed_up_min": min(ratios),
+                "speed_up_max": max(ratios),
+            }
             figures.append(figure)
-            print(f"{task:14s} {build:14s} {figure['seconds'] * 1e3:9.1f} ms   {args.batch_size / figure['seconds']:7.2f} clips/s   "
-                  f"{figure['speed_up']:5.2f}x plain ({min(ratios):.2f} to {max(ratios):.2f})")
+            print(
+                f"{task:14s} {build:14s} {figure['seconds'] * 1e3:9.1f} ms   "
+                f"{args.batch_size / figure['seconds']:7.2f} clips/s   "
+                f"{figure['speed_up']:5.2f}x plain ({min(ratios):.2f} to {max(ratios):.2f})"
+            )
     if device.type == "cuda":
         print(f"peak memory of the process: {torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB")
     if args.json:
         with open(args.json, "w") as file:
-            json.dump({"settings": vars(args), "machine": describe(device), "torch": torch.__version__, "figures": figures}, file, indent=2)
+            json.dump(
+                {"settings": vars(args), "machine": describe(device), "torch": torch.__version__, "figures": figures},
+                file,
+                indent=2,
+            )
 
 
 def training_step(model, clip, labels, stride) -> None:

@@ -37,7 +37,7 @@ CLASSES = (
 class DemoSettings:
     """Everything that shapes the generated files."""
 
-    train_videos_per_class: int = 40
+    train_videos_per_class: int = 60
     test_videos_per_class: int = 24
     frames: int = 32
     side_pixels: int = 80
@@ -72,10 +72,12 @@ def generate_demo(root: Path, settings: DemoSettings, workers: int) -> tuple[Pat
                     lines.append(f"{file} {1 if part == 'train' else 2}\n")
             (splits / f"{name}_test_split1.txt").write_text("".join(lines))
         context = multiprocessing.get_context("fork" if hasattr(os, "fork") else "spawn")
-        with ProcessPoolExecutor(workers, context, leave_signals_to_the_main_process) as pool:
-            with Progress(len(tasks), "generating demo videos", unit="video") as progress:
-                for _ in pool.map(_write_task, tasks, chunksize=4):
-                    progress.advance()
+        with (
+            ProcessPoolExecutor(workers, context, leave_signals_to_the_main_process) as pool,
+            Progress(len(tasks), "generating demo videos", unit="video") as progress,
+        ):
+            for _ in pool.map(_write_task, tasks, chunksize=4):
+                progress.advance()
         stamp.write_text(json.dumps(wanted))  # last: an interrupted generation starts over
     except OSError as error:
         raise UserError(f"{root}: the demo videos cannot be written ({error.strerror})") from error

@@ -4,6 +4,7 @@ The cache's key is everything that shapes an entry: the file's path, size and mo
 decoder's version and this format's.
 """
 
+import itertools
 import json
 import multiprocessing
 import os
@@ -77,7 +78,7 @@ def probe(path: str | os.PathLike) -> VideoInfo:
 
 
 def _strictly_increasing(timestamps: list[int | None]) -> bool:
-    return None not in timestamps and all(a < b for a, b in zip(timestamps, timestamps[1:], strict=False))
+    return None not in timestamps and all(a < b for a, b in itertools.pairwise(timestamps))
 
 
 def _checksum(frame: av.VideoFrame) -> int:

@@ -91,7 +91,9 @@ def read_ucf101(data_root: str | Path, annotation_path: str | Path, split: int) 
             name = re.sub(r"\s+\d+$", "", line)
             video_class = name.split("/", 1)[0]
             if "/" not in name or video_class not in labels:
-                raise UserError(f"{list_file}:{number}: expected `class/video` of a class in {class_file}, found `{line}`")
+                raise UserError(
+                    f"{list_file}:{number}: expected `class/video` of a class in {class_file}, found `{line}`"
+                )
             listed.append((name, labels[video_class], part))
     return _match(data_root, classes, listed, f"split {split} in {annotation_path}", _ucf101_group)
 
@@ -101,11 +103,15 @@ def _ucf101_group(name: str) -> str:
     return re.sub(r"_c\d+\.\w+$", "", name.split("/", 1)[1])
 
 
-def cut_validation(records: list[VideoRecord], fraction: float, seed: int) -> tuple[list[VideoRecord], list[VideoRecord]]:
+def cut_validation(
+    records: list[VideoRecord], fraction: float, seed: int
+) -> tuple[list[VideoRecord], list[VideoRecord]]:
     """(training, validation): whole groups moved to validation until it holds `fraction` of the videos."""
     groups = sorted({record.group for record in records})
     if len(groups) < 2:
-        raise UserError(f"--val-fraction {fraction:g}: needs at least 2 source groups to cut, the training split has {len(groups)}")
+        raise UserError(
+            f"--val-fraction {fraction:g}: needs at least 2 source groups to cut, the training split has {len(groups)}"
+        )
     random.Random(f"validation/{seed}").shuffle(groups)
     sizes = Counter(record.group for record in records)
     chosen, count = set(), 0
@@ -164,8 +170,12 @@ def _match(data_root: Path, classes: list[str], listed: list[tuple[str, int, str
             missing.append(name)
         elif part is not None:
             parts[part].append(VideoRecord(str(data_root / name), label, group(name)))
+    if not listed:
+        raise UserError(f"{what}: the lists name no video")
     if not parts["train"] and not parts["test"]:
-        raise UserError(f"{what}: none of its {len(listed)} videos is in --data-root {data_root}; expected {listed[0][0] if listed else 'a list'}")
+        raise UserError(
+            f"{what}: none of its {len(listed)} videos is in --data-root {data_root}; expected such as {listed[0][0]}"
+        )
     for part, records in parts.items():
         if not records:
             raise UserError(f"{what}: none of its videos to {part} on is in --data-root {data_root}")

@@ -133,7 +133,9 @@ def collate(samples: list[tuple[Tensor, int, int]]) -> VideoBatch:
     return VideoBatch(stacked.permute(0, 1, 4, 2, 3), torch.tensor(labels), torch.tensor(videos))
 
 
-def make_loader(dataset: VideoDataset, batch_size: int, workers: int, shuffle: bool, seed: int, pin: bool) -> DataLoader:
+def make_loader(
+    dataset: VideoDataset, batch_size: int, workers: int, shuffle: bool, seed: int, pin: bool
+) -> DataLoader:
     """A loader whose `sampler` is an `EpochSampler`; `pin` for copies to a GPU beside computation."""
     return DataLoader(
         dataset,

@@ -61,9 +61,7 @@ class ReSpike(nn.Module):
             pools = DOWNSAMPLE_POOLS if downsample else (None, 1, 1, 1)
             for stage, pool in enumerate(pools):
                 if pool is not None:
-                    self.fusions[stage] = CrossAttentionFusion(
-                        self.snn.channels[stage], self.ann.channels[stage], pool
-                    )
+                    self.fusions[stage] = CrossAttentionFusion(self.snn.channels[stage], self.ann.channels[stage], pool)
         width = sum(branch.channels[-1] for branch in (self.ann, self.snn) if branch is not None)
         self.head = nn.Linear(width, num_classes)
 

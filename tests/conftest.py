@@ -15,14 +15,18 @@ SHARED = Path(os.environ.get("RESPIKE_SHARED", Path(__file__).parents[2] / "shar
 @pytest.fixture(scope="session")
 def clips() -> Path:
     if not (SHARED / "clips" / "frames.json").is_file():
-        pytest.skip(f"no real clips at {SHARED / 'clips'}; set RESPIKE_SHARED to the folder that holds clips/ and splits/")
+        pytest.skip(
+            f"no real clips at {SHARED / 'clips'}; set RESPIKE_SHARED to the folder that holds clips/ and splits/"
+        )
     return SHARED / "clips"
 
 
 @pytest.fixture(scope="session")
 def splits() -> Path:
     if not (SHARED / "splits").is_dir():
-        pytest.skip(f"no split files at {SHARED / 'splits'}; set RESPIKE_SHARED to the folder that holds clips/ and splits/")
+        pytest.skip(
+            f"no split files at {SHARED / 'splits'}; set RESPIKE_SHARED to the folder that holds clips/ and splits/"
+        )
     return SHARED / "splits"
 
 

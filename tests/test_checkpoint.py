@@ -80,11 +80,12 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(tmp_path, monkeypatch, broken
 
     if broken == "write":
         real_open = open
-        monkeypatch.setattr("builtins.open", lambda p, mode="r", *a, **k: full() if "w" in mode else real_open(p, mode, *a, **k))
+        monkeypatch.setattr(
+            "builtins.open", lambda p, mode="r", *a, **k: full() if "w" in mode else real_open(p, mode, *a, **k)
+        )
     else:
         monkeypatch.setattr(os, broken, full)
-    with pytest.raises(UserError, match="No space left on device.*the earlier one is untouched"):
+    with pytest.raises(UserError, match=r"No space left on device.*the earlier one is untouched"):
         save(path, 2.0)
     monkeypatch.undo()
     assert path.read_bytes() == before and [file.name for file in tmp_path.iterdir()] == ["last.pt"]
-

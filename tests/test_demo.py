@@ -78,7 +78,9 @@ def shift_between(before, after):
     return (x + side // 2) % side - side // 2, (y + side // 2) % side - side // 2
 
 
-@pytest.mark.parametrize("name, axis, sign", [("move_left", 0, -1), ("move_right", 0, 1), ("move_up", 1, -1), ("move_down", 1, 1)])
+@pytest.mark.parametrize(
+    "name, axis, sign", [("move_left", 0, -1), ("move_right", 0, 1), ("move_up", 1, -1), ("move_down", 1, 1)]
+)
 def test_moves_go_where_their_name_says(name, axis, sign):
     one_shape = DemoSettings(frames=8, side_pixels=40, shapes=1)
     moved = []

@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 from dataset.video import EpochSampler, VideoBatch
+from utils.device import choose_precision
 from utils.engine import (
     NonFiniteLossError,
     TrainPosition,
-    choose_precision,
     cosine_with_warmup,
     evaluate,
     train_one_epoch,
@@ -68,7 +68,9 @@ def train(model, epochs=1, loader=None, position=None, lr=0.1, **more):
     position = position or TrainPosition()
     result = None
     for _ in range(epochs):
-        result = train_one_epoch(model, loader, optimizer, scaler, device=CPU, precision=None, stride=4, epochs=9, position=position, **more)
+        result = train_one_epoch(
+            model, loader, optimizer, scaler, device=CPU, precision=None, stride=4, epochs=9, position=position, **more
+        )
         position = TrainPosition(position.epoch + 1)
     return result
 
@@ -136,7 +138,9 @@ def test_stopped_and_continued_is_undisturbed(stop_after, accumulation_steps):
     got = train_one_epoch(parts, make_loader(), optimizer, scaler, position=position, should_stop=stop, **passes)
     if got is None:
         assert 0 < position.batches < 5 and position.batches % accumulation_steps == 0
-        got = train_one_epoch(parts, make_loader(), optimizer, scaler, position=TrainPosition(**vars(position)), **passes)
+        got = train_one_epoch(
+            parts, make_loader(), optimizer, scaler, position=TrainPosition(**vars(position)), **passes
+        )
     assert torch.equal(parts.layer.weight, whole.layer.weight)
     assert (got["train_loss"], got["train_clip_top1"]) == (want["train_loss"], want["train_clip_top1"])
 
@@ -152,7 +156,10 @@ def test_non_finite_loss_names_the_videos_and_takes_no_step():
 
 
 def test_evaluation_can_be_stopped():
-    assert evaluate(Net(), make_loader(), 3, device=CPU, precision=None, stride=4, task="t", should_stop=lambda: True) is None
+    assert (
+        evaluate(Net(), make_loader(), 3, device=CPU, precision=None, stride=4, task="t", should_stop=lambda: True)
+        is None
+    )
 
 
 def test_learning_rate():

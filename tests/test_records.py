@@ -39,7 +39,9 @@ def test_ucf101_layout(tmp_path):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(b"")
     (tmp_path / "classInd.txt").write_bytes(b"1 Archery\r\n2 Biking\r\n")
-    (tmp_path / "trainlist01.txt").write_bytes(b"Archery/v_Archery_g08_c01.avi 1\r\nArchery/v_Archery_g09_c01.avi 1\r\n")
+    (tmp_path / "trainlist01.txt").write_bytes(
+        b"Archery/v_Archery_g08_c01.avi 1\r\nArchery/v_Archery_g09_c01.avi 1\r\n"
+    )
     (tmp_path / "testlist01.txt").write_bytes(b"Biking/v_Biking_g01_c01.avi\r\n")
     split = read_ucf101(tmp_path / "videos", tmp_path, split=1)
     assert split.classes == ["Archery", "Biking"]
@@ -96,12 +98,19 @@ def test_validation_takes_whole_groups(tmp_path):
 
 
 def test_drop(tmp_path):
-    split = read_hmdb51(*make_hmdb51(tmp_path, {"wave": {"a.avi": 1, "b.avi": 1, "c.avi": 2}}, ["wave/a.avi", "wave/b.avi", "wave/c.avi"]), 1)
+    split = read_hmdb51(
+        *make_hmdb51(
+            tmp_path, {"wave": {"a.avi": 1, "b.avi": 1, "c.avi": 2}}, ["wave/a.avi", "wave/b.avi", "wave/c.avi"]
+        ),
+        1,
+    )
     assert [r.path for r in drop(split, [split.train[0].path]).train] == [split.train[1].path]
 
 
 def test_refusals(tmp_path):
-    root, lists = make_hmdb51(tmp_path, {"wave": {"a.avi": 1, "b.avi": 2}, "run": {"c.avi": 1}}, ["wave/a.avi", "wave/b.avi"])
+    root, lists = make_hmdb51(
+        tmp_path, {"wave": {"a.avi": 1, "b.avi": 2}, "run": {"c.avi": 1}}, ["wave/a.avi", "wave/b.avi"]
+    )
     with pytest.raises(UserError, match=r"--data-root .*nowhere: no such folder"):
         read_hmdb51(tmp_path / "nowhere", lists, 1)
     with pytest.raises(UserError, match=r"--annotation-path .*nowhere: no such folder"):

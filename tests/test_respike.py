@@ -36,7 +36,10 @@ def test_backbones(backbone):
     assert logits.shape == (1, 9)
 
 
-@pytest.mark.parametrize("branches, fusion, width", [("both", "cross", 1024), ("both", "concat", 1024), ("ann", "cross", 512), ("snn", "concat", 512)])
+@pytest.mark.parametrize(
+    "branches, fusion, width",
+    [("both", "cross", 1024), ("both", "concat", 1024), ("ann", "cross", 512), ("snn", "concat", 512)],
+)
 def test_ablations(branches, fusion, width):
     model = ReSpike(num_classes=5, branches=branches, fusion=fusion)
     assert model.head.in_features == width
@@ -98,11 +101,15 @@ def test_merged_batch_norm_uses_one_set_of_statistics():
     bn = model.snn.stem.bn
     x = torch.randn(3, 2, 64, 4, 4) * torch.tensor([1.0, 2.0, 3.0])[:, None, None, None, None]
     merged = bn(x)
-    torch.testing.assert_close(merged.transpose(0, 2).flatten(1).var(1, unbiased=False), torch.ones(64), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(
+        merged.transpose(0, 2).flatten(1).var(1, unbiased=False), torch.ones(64), rtol=1e-3, atol=1e-3
+    )
     assert bn.num_batches_tracked == 1
     per_step = ReSpike(branches="snn").train().snn.stem.bn
     each = per_step(x)
-    torch.testing.assert_close(each.transpose(1, 2).flatten(2).var(2, unbiased=False), torch.ones(3, 64), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(
+        each.transpose(1, 2).flatten(2).var(2, unbiased=False), torch.ones(3, 64), rtol=1e-3, atol=1e-3
+    )
     assert per_step.num_batches_tracked == 3
 
 
@@ -116,7 +123,10 @@ def test_state_does_not_outlive_a_forward():
     "change, message",
     [
         (lambda s: s.pop("fc.bias"), "1 missing tensors, the first: head.bias"),
-        (lambda s: s.update({"snn_backbone.conv9.weight": torch.zeros(1)}), r"1 unknown names.*snn_backbone\.conv9\.weight"),
+        (
+            lambda s: s.update({"snn_backbone.conv9.weight": torch.zeros(1)}),
+            r"1 unknown names.*snn_backbone\.conv9\.weight",
+        ),
         (lambda s: s.update({"fc.weight": torch.zeros(51, 1024)}), r"fc\.weight is \[51, 1024\] where \[7, 1024\]"),
     ],
 )

@@ -29,7 +29,7 @@ def flags(tiny_demo, tmp_path):
     return {
         "--dset": "hmdb51", "--data-root": str(data_root), "--annotation-path": str(annotation_path),
         "--weights": "none", "--branches": "snn", "-T": "4", "--stride": "2", "--size": "32", "-b": "5", "-j": "0",
-        "--epochs": "2", "-lr": "0.01", "--index-dir": str(tmp_path / "index"), "--run-dir": str(tmp_path / "run"),
+        "--epochs": "2", "-lr": "0.002", "--index-dir": str(tmp_path / "index"), "--run-dir": str(tmp_path / "run"),
         "--seed": "3",
     }  # fmt: skip
 
@@ -77,15 +77,24 @@ def test_a_run_and_its_folder(monkeypatch, capfd, flags):
     lines = metrics(run)
     assert [line["epoch"] for line in lines] == [0, 1]
     for line in lines:
-        assert {"train_loss", "test_loss", "clip_top1", "clip_top5", "video_top1", "video_top5", "learning_rate"} <= set(line)
-        assert TIMES <= set(line) and set(line["firing_rate"]) == {"stage1", "stage2", "stage3", "stage4"}
+        expected = {
+            "train_loss",
+            "test_loss",
+            "clip_top1",
+            "clip_top5",
+            "video_top1",
+            "video_top5",
+            "learning_rate",
+        }
+        assert set(line) >= expected
+        assert set(line) >= TIMES and set(line["firing_rate"]) == {"stage1", "stage2", "stage3", "stage4"}
         assert line["clips_per_second"] > 0 and 0 <= line["data_wait_share"] <= 1 and line["peak_memory_bytes"] > 1e6
-    assert [line["learning_rate"] for line in lines] == pytest.approx([0.01, 0.005])
+    assert [line["learning_rate"] for line in lines] == pytest.approx([0.002, 0.001])
     config = json.loads((run / "config.json").read_text())
     assert config["flags"]["stride"] == 2 and config["versions"]["torch"] and "git_commit" in config
     assert load_checkpoint(run / "last.pt")["position"]["epoch"] == 2 and (run / "best.pt").is_file()
     assert len(list(run.glob("events.out.tfevents.*"))) == 1
-    assert "selected on the test set itself" in out and "8 of 8 classes" in out and "test: 8 videos x 2" in out
+    assert "selected on the test set itself" in out and "8 of 8 classes" in out and "8 to test, 2 clips each" in out
 
 
 def test_tensorboard_holds_metrics_and_a_picture(monkeypatch, capfd, flags):
@@ -111,7 +120,7 @@ def test_validation_selects_without_the_test_set(monkeypatch, capfd, flags):
 
 def test_the_published_epoch_of_every_window(monkeypatch, capfd, flags):
     status, out, _ = run_here(monkeypatch, capfd, flags | {"--clips-per-video": "all", "--epochs": 1})
-    assert status == 0 and "training: 24 clips of 24 videos" in out  # 10 frames: one window every 16
+    assert status == 0 and "training on 24 clips of 24 videos" in out  # 10 frames: one window every 16
 
 
 @pytest.mark.parametrize("dset", ["hmdb51", "ucf101"])
@@ -131,14 +140,23 @@ def test_the_published_command_on_real_clips(monkeypatch, capfd, clips, splits, 
 
 
 def test_every_published_flag_is_there(monkeypatch, tmp_path):
-    published = "-j 2 --workers 2 --epochs 3 --start_epoch 1 -b 4 --batch_size 4 -lr 0.1 --learning_rate 0.1 --weight_decay 0.01 --seed 5 -T 8 --time 8 --stride 4 --amp --downsample --dset ucf101 --model resnet50"
+    published = (
+        "-j 2 --workers 2 --epochs 3 --start_epoch 1 -b 4 --batch_size 4 -lr 0.1 --learning_rate 0.1 "
+        "--weight_decay 0.01 --seed 5 -T 8 --time 8 --stride 4 --amp --downsample --dset ucf101 --model resnet50"
+    )
     monkeypatch.setattr(sys, "argv", ["train_fusion.py", *published.split()])
     args = train_fusion.parse_args()
     assert (args.amp, args.downsample, args.time, args.start_epoch) == (True, True, 8, 1)
     monkeypatch.setattr(sys, "argv", ["train_fusion.py", "--no-amp"])
     args = train_fusion.parse_args()
     assert (args.amp, args.downsample, args.time, args.stride) == (False, False, 16, 4)
-    assert (args.batch_size, args.learning_rate, args.weight_decay, args.epochs, args.seed) == (64, 0.01, 1e-4, 100, 1001)
+    assert (args.batch_size, args.learning_rate, args.weight_decay, args.epochs, args.seed) == (
+        64,
+        0.01,
+        1e-4,
+        100,
+        1001,
+    )
 
 
 # ---- survival ---------------------------------------------------------------------------------------
@@ -157,7 +175,7 @@ def undisturbed(tiny_demo, tmp_path_factory):
 def resumable(tiny_demo, folder: Path) -> dict:
     return {
         "--dset": "hmdb51", "--data-root": tiny_demo[0], "--annotation-path": tiny_demo[1], "--weights": "none",
-        "-T": 4, "--stride": 2, "--size": 32, "-b": 4, "-j": 1, "--epochs": 4, "-lr": 0.01, "--downsample": None,
+        "-T": 4, "--stride": 2, "--size": 32, "-b": 4, "-j": 1, "--epochs": 4, "-lr": 0.001, "--downsample": None,
         "--index-dir": folder / "index", "--run-dir": folder / "run", "--resume": "auto",
     }  # fmt: skip
 
@@ -175,7 +193,7 @@ def test_killed_at_random_moments_and_resumed_to_the_bit(tiny_demo, tmp_path, un
     for kill in range(2):
         process = start(flags)
         lines = kill + 1  # metrics lines to wait for, so that each try gets further
-        wait_until(lambda: (run / "metrics.jsonl").exists() and len(metrics_text(run)) >= lines, process)
+        wait_until(lambda lines=lines: (run / "metrics.jsonl").exists() and len(metrics_text(run)) >= lines, process)
         time.sleep(moment.uniform(0, 1.5))
         process.send_signal(kind)
         out, _ = process.communicate(timeout=120)
@@ -240,13 +258,17 @@ def test_bad_flags(monkeypatch, capfd, flags, change, message):
 
 def test_empty_class_folder(monkeypatch, capfd, flags, tmp_path):
     (tmp_path / "videos/grow").mkdir(parents=True)
-    refused(monkeypatch, capfd, flags | {"--data-root": tmp_path / "videos"}, r"videos/grow: class folder without a video")
+    refused(
+        monkeypatch, capfd, flags | {"--data-root": tmp_path / "videos"}, r"videos/grow: class folder without a video"
+    )
 
 
 def test_lists_that_name_nothing_on_disk(monkeypatch, capfd, flags, tmp_path):
     (tmp_path / "videos/grow").mkdir(parents=True)
     (tmp_path / "videos/grow/other.avi").write_bytes(b"")
-    refused(monkeypatch, capfd, flags | {"--data-root": tmp_path / "videos"}, r"none of its 32 videos is in --data-root")
+    refused(
+        monkeypatch, capfd, flags | {"--data-root": tmp_path / "videos"}, r"none of its 32 videos is in --data-root"
+    )
 
 
 @pytest.fixture
@@ -262,9 +284,13 @@ def test_truncated_checkpoint(monkeypatch, capfd, flags, trained):
 
 @pytest.mark.parametrize(
     "change, message",
-    [({"--stride": "4"}, "its stride is 2, this run's is 4"), ({"--branches": "both"}, "its branches is snn, this run's is both"),
-     ({"--downsample": None}, "its downsample is False, this run's is True"), ({"--model": "resnet34"}, "its backbone is resnet18")],
-)  # fmt: skip
+    [
+        ({"--stride": "4"}, "its stride is 2, this run's is 4"),
+        ({"--branches": "both"}, "its branches is snn, this run's is both"),
+        ({"--downsample": None}, "its downsample is False, this run's is True"),
+        ({"--model": "resnet34"}, "its backbone is resnet18, this run's is resnet34"),
+    ],
+)
 def test_checkpoint_of_another_network(monkeypatch, capfd, flags, trained, change, message):
     refused(monkeypatch, capfd, flags | change | {"--resume": "auto"}, message)
 
@@ -272,7 +298,12 @@ def test_checkpoint_of_another_network(monkeypatch, capfd, flags, trained, chang
 def test_checkpoint_of_other_classes(monkeypatch, capfd, flags, trained, tiny_demo, tmp_path):
     for file in tiny_demo[1].glob("[g-m]*.txt"):
         (tmp_path / file.name).write_bytes(file.read_bytes())
-    refused(monkeypatch, capfd, flags | {"--annotation-path": tmp_path, "--resume": "auto"}, "its num_classes is 8, this run's is 5")
+    refused(
+        monkeypatch,
+        capfd,
+        flags | {"--annotation-path": tmp_path, "--resume": "auto"},
+        "its num_classes is 8, this run's is 5",
+    )
 
 
 def test_a_folder_that_holds_a_run_is_not_replaced(monkeypatch, capfd, flags, trained):
@@ -325,13 +356,15 @@ def broken_copy(tiny_demo, tmp_path):
 def test_unreadable_videos_are_left_out_and_named(monkeypatch, capfd, flags, broken_copy):
     status, out, err = run_here(monkeypatch, capfd, flags | {"--data-root": broken_copy, "--epochs": 1})
     assert status == 0, err
-    assert "2 videos cannot be read and are left out" in out and "training: 22 clips" in out
+    assert "2 videos cannot be read and are left out" in out and "training on 22 clips" in out
     named = (Path(flags["--run-dir"]) / "unreadable.txt").read_text().splitlines()
     assert len(named) == 2 and all(".avi: " in line for line in named)
 
 
 def test_strict_fails_on_them(monkeypatch, capfd, flags, broken_copy):
-    refused(monkeypatch, capfd, flags | {"--data-root": broken_copy, "--strict": None}, r"--strict: 2 videos cannot be read")
+    refused(
+        monkeypatch, capfd, flags | {"--data-root": broken_copy, "--strict": None}, r"--strict: 2 videos cannot be read"
+    )
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -1,6 +1,5 @@
 """One epoch of training, one pass of evaluation. Takes values, never command-line arguments."""
 
-import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -12,6 +11,7 @@ from torch.utils.data import DataLoader
 
 from dataset.residual import key_residual_split
 from dataset.video import VideoBatch
+from utils.device import autocast
 from utils.errors import UserError, worker_error
 from utils.metrics import ClipScores, FiringRates, VideoScores
 from utils.progress import Progress
@@ -31,15 +31,6 @@ class TrainPosition:
     epoch: int = 0
     batches: int = 0
     scores: list[float] | None = None
-
-
-def choose_precision(device: torch.device, amp: bool) -> torch.dtype | None:
-    """The autocast type: bfloat16 where the hardware computes in it, float16 on older GPUs, None for float32."""
-    if not amp:
-        return None
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else None
 
 
 def cosine_with_warmup(epoch: int, epochs: int, warmup_epochs: int) -> float:
@@ -77,7 +68,7 @@ def train_one_epoch(
     criterion = nn.CrossEntropyLoss(label_smoothing=label_smoothing)
     loader.sampler.set_epoch(position.epoch, position.batches * loader.batch_size)
     scores = ClipScores(device, position.scores)
-    batches_at_start, total = position.batches, position.batches + len(loader)
+    total = position.batches + len(loader)
     watch = _LossWatch(loader.dataset, every=1 if device.type == "cpu" else _STEPS_BETWEEN_READINGS)
     clock = _Clock()
     optimizer.zero_grad(set_to_none=True)
@@ -111,7 +102,6 @@ def train_one_epoch(
             progress.advance(loss=watch.shown, clips_per_s=f"{clock.clips_per_second():.1f}")
     watch.read()
     result = scores.result()
-    assert position.batches - batches_at_start == len(loader)
     return {"train_loss": result["loss"], "train_clip_top1": result["top1"], **clock.result()}
 
 
@@ -157,10 +147,6 @@ def evaluate(
         "videos": video_result["videos"],
         "firing_rate": rates.per_stage(),
     }
-
-
-def autocast(device: torch.device, precision: torch.dtype | None) -> contextlib.AbstractContextManager:
-    return torch.autocast(device.type, dtype=precision, enabled=precision is not None)
 
 
 def to_device(loader: DataLoader, device: torch.device) -> Iterator[VideoBatch]:

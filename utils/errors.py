@@ -1,7 +1,9 @@
 """The one exception for what a user can mend, and what turns it into one line."""
 
 import argparse
+import gc
 import multiprocessing
+import signal
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -41,6 +43,8 @@ def run_script(main: Callable[[], int | None]) -> NoReturn:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         status = 130
+    gc.collect()  # loaders that the error's traceback held shut their workers down
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would complain of the next line
     for worker in multiprocessing.active_children():
         worker.kill()  # data loading processes ignore the softer signals (utils/stopping.py)
     sys.exit(status)

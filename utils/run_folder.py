@@ -61,6 +61,10 @@ class RunFolder:
         self._write(name, "".join(f"{line}\n" for line in lines))
         return self.path / name
 
+    def write_result(self, result: dict) -> None:
+        """test.json: the test set's score of the selected epoch."""
+        self._write("test.json", json.dumps(result, indent=2) + "\n")
+
     def keep_epochs(self, epochs: int) -> None:
         """Drop the metrics of epochs that a resumed run is about to run again."""
         if not self._metrics.exists():

@@ -31,6 +31,9 @@ class StopRequest:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
+    def requested(self) -> bool:
+        return self.name is not None
+
     def _receive(self, number: int, frame) -> None:
         if self.name is not None and number == signal.SIGINT:
             raise KeyboardInterrupt

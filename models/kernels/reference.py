@@ -182,9 +182,7 @@ def _chunks(rows: Tensor) -> list[slice]:
     return [slice(start, start + size) for start in range(0, neurons, size)]
 
 
-def _backward_chunk(
-    x: Tensor, v0: Tensor | None, grad_s: Tensor, grad_v: Tensor | None, grad_x: Tensor, p
-) -> Tensor:
+def _backward_chunk(x: Tensor, v0: Tensor | None, grad_s: Tensor, grad_v: Tensor | None, grad_x: Tensor, p) -> Tensor:
     """Backward through time over one chunk, [S, neurons] each; fills grad_x, returns dL/dv0."""
     # Forward again, with the forward pass's own operations, keeping h of every step.
     membrane = _Membrane(torch.empty_like(x[0], dtype=_membrane_dtype(x.dtype)), p)

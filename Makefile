@@ -1,0 +1,51 @@
+# make demo       set up and train on generated videos; results in runs/demo
+# make demo-ann   the same command with the ANN branch alone: it cannot tell the motions apart
+# make test       set up and run every test that needs no GPU
+# make test-gpu   set up and run the tests that need a CUDA device
+# make lint       set up and run ruff
+# make bench      set up and run the benchmarks that need no GPU
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# Empty for the newest versions that requirements.txt admits: make CONSTRAINTS= test
+CONSTRAINTS ?= constraints.txt
+READY := $(VENV)/.ready
+CLIPS ?= ../shared/clips
+
+DEMO := --dset demo --weights none --downsample -T 8 --stride 4 --size 64 -b 16 -lr 0.02 \
+	--clip-norm 1 --warmup-epochs 1 --epochs 10
+
+.PHONY: setup demo demo-ann test test-gpu lint bench clean
+
+setup: $(READY)
+
+$(READY): requirements.txt requirements-dev.txt $(CONSTRAINTS)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "error: Python 3.11 or newer is needed, $(PYTHON) is older; name another with make PYTHON=python3.12 ..."; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -r requirements.txt -r requirements-dev.txt $(addprefix -c ,$(CONSTRAINTS))
+	@touch $(READY)
+
+demo: $(READY)
+	$(BIN)/python train_fusion.py $(DEMO) --run-dir runs/demo --overwrite
+
+demo-ann: $(READY)
+	$(BIN)/python train_fusion.py $(DEMO) --branches ann --run-dir runs/demo-ann --overwrite
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+test-gpu: $(READY)
+	$(BIN)/python -m pytest -m gpu
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: $(READY)
+	$(BIN)/python -m benchmarks.bench_step
+	$(BIN)/python -m benchmarks.bench_decode $(CLIPS)
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache

@@ -1,0 +1,64 @@
+"""What only a CUDA device can show. Run with `make test-gpu`."""
+
+import numpy
+import pytest
+import torch
+
+from dataset.residual import key_residual_split
+from tests.test_engine import make_loader
+from tests.test_golden import CASES, GOLDEN, TOLERANCE, build, golden_input
+from tests.test_train_fusion import command_line, metrics
+from utils.device import choose_precision
+from utils.engine import to_device
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(autouse=True)
+def cuda() -> torch.device:
+    if not torch.cuda.is_available():
+        pytest.fail("these tests need a CUDA device, this machine has none")
+    return torch.device("cuda")
+
+
+@pytest.mark.parametrize("backbone, variant, stride", CASES)
+def test_golden_logits_on_the_gpu(cuda, backbone, variant, stride):
+    with numpy.load(GOLDEN / "respike.npz") as golden:
+        want = golden[f"{backbone}.{variant}.stride{stride}.T8.eval_logits"]
+    model = build(backbone, variant, stride).eval().to(cuda, memory_format=torch.channels_last)
+    with torch.no_grad():
+        logits = model(*(x.to(cuda) for x in golden_input(stride)))
+    numpy.testing.assert_allclose(logits.cpu().numpy(), want, **TOLERANCE)
+
+
+def test_split_on_the_gpu(cuda):
+    clip = torch.randint(0, 256, (2, 8, 3, 32, 32), dtype=torch.uint8)
+    for here, there in zip(key_residual_split(clip, 4), key_residual_split(clip.to(cuda), 4), strict=True):
+        torch.testing.assert_close(there.cpu(), here)
+
+
+def test_batches_copied_ahead_are_the_same(cuda):
+    for here, there in zip(make_loader(), to_device(make_loader(), cuda), strict=True):
+        assert all(tensor.is_cuda for tensor in there)
+        assert all(torch.equal(a, b.cpu()) for a, b in zip(here, there, strict=True))
+
+
+def test_precision_on_the_gpu(cuda):
+    wanted = torch.bfloat16 if torch.cuda.get_device_capability()[0] >= 8 else torch.float16
+    assert choose_precision(cuda, amp=True) == wanted and choose_precision(cuda, amp=False) is None
+
+
+@pytest.mark.parametrize("flags", [{}, {"--compile": None}, {"--no-amp": None}], ids=["amp", "compile", "fp32"])
+def test_training_runs_on_the_gpu(cuda, tiny_demo, tmp_path, monkeypatch, flags):
+    import sys
+
+    import train_fusion
+
+    every = {
+        "--dset": "hmdb51", "--data-root": tiny_demo[0], "--annotation-path": tiny_demo[1], "--weights": "none",
+        "-T": 4, "--stride": 2, "--size": 64, "-b": 8, "-j": 2, "--epochs": 2, "-lr": 0.001, "--downsample": None,
+        "--index-dir": tmp_path / "index", "--run-dir": tmp_path / "run", "--device": "cuda",
+    }  # fmt: skip
+    monkeypatch.setattr(sys, "argv", ["train_fusion.py", *command_line(every | flags)])
+    assert train_fusion.main() == 0
+    assert len(metrics(tmp_path / "run")) == 2

@@ -1,0 +1,45 @@
+"""Which device, in which precision, and what it holds."""
+
+import contextlib
+import resource
+
+import torch
+
+from utils.errors import UserError
+
+
+def choose_device(name: str) -> torch.device:
+    """The device named "cuda", "cuda:N" or "cpu". Raises UserError for others and for one that is not there."""
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cuda", "cpu"):
+        raise UserError(f"--device {name}: expected cuda, cuda:N or cpu")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices; use --device cpu")
+    return device
+
+
+def choose_precision(device: torch.device, amp: bool) -> torch.dtype | None:
+    """The autocast type: bfloat16 where the hardware computes in it, float16 on older GPUs, None for float32."""
+    if not amp:
+        return None
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else None
+
+
+def autocast(device: torch.device, precision: torch.dtype | None) -> contextlib.AbstractContextManager:
+    return torch.autocast(device.type, dtype=precision, enabled=precision is not None)
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most memory the run has held so far: on the GPU, or of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
