@@ -106,7 +106,8 @@ def write_video(path: Path, frames: numpy.ndarray, fps: int = 30) -> None:
             container.mux(packet)
 
 
-_LOG_SIZE = math.log(0.08), math.log(0.26)  # half the width of a shape, as a share of the frame's side
+_LOG_SIZE = math.log(0.12), math.log(0.34)  # half the length of a shape, as a share of the frame's side
+_FLATTENED = 0.45  # width of a shape by its length: what is long shows which way it turns
 
 
 def draw_video(name: str, generator: numpy.random.Generator, settings: DemoSettings) -> numpy.ndarray:
@@ -153,15 +154,15 @@ def _pose(name: str, shape: dict, time: int) -> tuple[numpy.ndarray, float, floa
 
 
 def _draw_shape(shape: dict, centre, angle: float, size: float, side: int) -> tuple[numpy.ndarray, numpy.ndarray]:
-    """Coverage [side, side] and colour [side, side, 3] of a regular polygon with the shape's texture."""
+    """Coverage [side, side] and colour [side, side, 3] of a flattened polygon with the shape's texture."""
     axis = (numpy.arange(side) + 0.5) / side
     dx = (axis[None, :] - centre[0] + 0.5) % 1.0 - 0.5  # torus
     dy = (axis[:, None] - centre[1] + 0.5) % 1.0 - 0.5
     x = (numpy.cos(angle) * dx + numpy.sin(angle) * dy) / size
-    y = (-numpy.sin(angle) * dx + numpy.cos(angle) * dy) / size
+    y = (-numpy.sin(angle) * dx + numpy.cos(angle) * dy) / (size * _FLATTENED)
     sector = 2 * math.pi / shape["corners"]
     radius, phi = numpy.hypot(x, y), numpy.arctan2(y, x)
-    # Distance to the polygon's edge in units of its size, with an edge one pixel soft.
+    # Distance to the polygon's edge in units of its size, with an edge about a pixel soft.
     inside = math.cos(sector / 2) - radius * numpy.cos((phi % sector) - sector / 2)
     alpha = (inside * size * side + 0.5).clip(0.0, 1.0)
     texture = shape["texture"]

@@ -121,13 +121,16 @@ class VideoIndex:
 
     def lookup(self, paths: Sequence[str], workers: int) -> dict[str, VideoInfo]:
         """What is in each file, by path; a file that cannot be read has `error` set."""
+        keys = {path: os.path.abspath(path) for path in paths}
         stamps = {path: _stamp(path) for path in paths}
-        stale = [path for path, stamp in stamps.items() if self._entries.get(path, [None])[0] != stamp]
+        stale = [path for path, stamp in stamps.items() if self._entries.get(keys[path], [None])[0] != stamp]
         if stale:
-            for path, info in _probe_all(stale, max(1, workers)):
-                self._entries[path] = [stamps[path], asdict(info)]
-            self._save()
-        return {path: _info_from_json(self._entries[path][1]) for path in paths}
+            try:
+                for path, info in _probe_all(stale, max(1, workers)):
+                    self._entries[keys[path]] = [stamps[path], asdict(info)]
+            finally:  # an interrupted start keeps what it found
+                self._save()
+        return {path: _info_from_json(self._entries[key][1]) for path, key in keys.items()}
 
     def _save(self) -> None:
         if self._cache_file is None:

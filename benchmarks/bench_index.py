@@ -1,0 +1,70 @@
+"""Start-up on a large data set: the rate of a cold index and the time of a warm one.
+
+    python -m benchmarks.bench_index ../shared/clips/hmdb51 ../shared/clips/ucf101
+
+Makes hard links (or copies, across file systems) of the given folders' videos until there are
+--files of them, in a temporary folder, and looks them up three times in a new index: cold, over
+--cold of them, then warm, over all.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import tempfile
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+from dataset.index import VideoIndex, _stamp, probe
+from dataset.records import VIDEO_SUFFIXES
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folders", type=Path, nargs="+")
+    parser.add_argument("--files", type=int, default=10_000)
+    parser.add_argument("--cold", type=int, default=1_000)
+    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
+    args = parser.parse_args()
+    sources = [p for folder in args.folders for p in sorted(folder.rglob("*")) if p.suffix.lower() in VIDEO_SUFFIXES]
+    with tempfile.TemporaryDirectory() as temporary:
+        paths = []
+        for number in range(args.files):
+            source = sources[number % len(sources)]
+            target = Path(temporary) / f"{number:06d}{source.suffix}"
+            try:
+                os.link(source, target)
+            except OSError:
+                shutil.copyfile(source, target)
+            paths.append(str(target))
+
+        start = time.perf_counter()
+        found = VideoIndex(Path(temporary) / "cold.json").lookup(paths[: args.cold], args.workers)
+        seconds = time.perf_counter() - start
+        frames = sum(info.frames for info in found.values())
+        print(
+            f"cold: {args.cold} files, {frames} frames, {args.workers} workers: {args.cold / seconds:.0f} files/s; "
+            f"a worker: {args.cold / seconds / args.workers:.0f} files/s, {frames / seconds / args.workers:.0f} frames/s"
+        )
+
+        # The rest of the index is filled in: decoding all 10,000 would only repeat the figure above.
+        infos = [asdict(probe(source)) for source in sources]
+        index = VideoIndex(Path(temporary) / "warm.json")
+        index._entries = {path: [_stamp(path), infos[number % len(sources)]] for number, path in enumerate(paths)}
+        index._save()
+        times = []
+        for _ in range(5):
+            start = time.perf_counter()
+            found = VideoIndex(Path(temporary) / "warm.json").lookup(paths, args.workers)
+            times.append(time.perf_counter() - start)
+        size = (Path(temporary) / "warm.json").stat().st_size
+        assert len(found) == args.files
+        print(
+            json.dumps({"warm_files": args.files, "warm_seconds_median": statistics.median(times), "index_bytes": size})
+        )
+
+
+if __name__ == "__main__":
+    main()
