@@ -285,7 +285,7 @@ def build(args: argparse.Namespace, run: RunFolder, classes: list[str], device: 
     print(f"network: {sum(p.numel() for p in model.parameters()):,} parameters, {len(classes)} classes")
     optimizer = torch.optim.SGD(
         model.parameters(), lr=args.learning_rate, momentum=MOMENTUM, weight_decay=args.weight_decay,
-        fused=device.type == "cuda",
+        fused=True,
     )  # fmt: skip
     scheduler = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda epoch: cosine_with_warmup(epoch + args.start_epoch, args.epochs, args.warmup_epochs)

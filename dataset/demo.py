@@ -1,6 +1,6 @@
 """A generated data set: eight classes of motion that no single frame tells.
 
-Two textured shapes, brighter than their textured ground, move left, right, up or down, turn clockwise
+Four textured shapes, brighter than their textured ground, move left, right, up or down, turn clockwise
 or counter-clockwise, grow or shrink. Everything else is drawn independently of the class, and so
 that it stays so in every frame: places lie on a torus, where a uniform place stays uniform under any
 motion; angles likewise on a circle; the logarithm of the size on an interval whose ends are joined,
@@ -37,11 +37,11 @@ CLASSES = (
 class DemoSettings:
     """Everything that shapes the generated files."""
 
-    train_videos_per_class: int = 60
+    train_videos_per_class: int = 150
     test_videos_per_class: int = 24
-    frames: int = 32
+    frames: int = 16
     side_pixels: int = 80
-    shapes: int = 2
+    shapes: int = 4
     seed: int = 0
     version: int = 1  # of the drawing code below
 
@@ -106,8 +106,8 @@ def write_video(path: Path, frames: numpy.ndarray, fps: int = 30) -> None:
             container.mux(packet)
 
 
-_LOG_SIZE = math.log(0.12), math.log(0.34)  # half the length of a shape, as a share of the frame's side
-_FLATTENED = 0.45  # width of a shape by its length: what is long shows which way it turns
+_LOG_SIZE = math.log(0.10), math.log(0.22)  # half the length of a shape, as a share of the frame's side
+_FLATTENED = 0.3  # width of a shape by its length: what is long shows which way it turns
 
 
 def draw_video(name: str, generator: numpy.random.Generator, settings: DemoSettings) -> numpy.ndarray:
@@ -121,7 +121,7 @@ def draw_video(name: str, generator: numpy.random.Generator, settings: DemoSetti
             "angle": generator.uniform(0, 2 * math.pi),
             "log_size": generator.uniform(*_LOG_SIZE),
             "speed": generator.uniform(0.02, 0.035),  # of the side, a frame
-            "turn": generator.uniform(0.10, 0.17),  # radians a frame
+            "turn": generator.uniform(0.16, 0.24),  # radians a frame
             "growth": generator.uniform(0.05, 0.08),  # of the logarithm, a frame
             "corners": int(generator.integers(3, 6)),
             "texture": _texture(generator, 24, cells=6, low=150, high=255),

@@ -34,6 +34,8 @@ def worker_error(error: UserError) -> UserError:
 
 def run_script(main: Callable[[], int | None]) -> NoReturn:
     """Run a script's main and exit with what it returns; a `UserError` becomes one line and status 2."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # file names need not be text
     try:
         status = main()
     except UserError as error:

@@ -5,6 +5,7 @@ import os
 import platform
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -85,17 +86,18 @@ class RunFolder:
                 file.write(json.dumps(metrics) + "\n")
                 file.flush()
                 os.fsync(file.fileno())
+            for name, value in metrics.items():
+                for tag, number in value.items() if isinstance(value, dict) else [("", value)]:
+                    if isinstance(number, int | float) and name != "epoch":
+                        self.tensorboard.add_scalar(f"{name}/{tag}" if tag else name, number, metrics["epoch"])
+            self.tensorboard.flush()
         except OSError as error:
             raise UserError(f"{self._metrics}: cannot be written ({error.strerror})") from error
-        for name, value in metrics.items():
-            for tag, number in value.items() if isinstance(value, dict) else [("", value)]:
-                if isinstance(number, int | float) and name != "epoch":
-                    self.tensorboard.add_scalar(f"{name}/{tag}" if tag else name, number, metrics["epoch"])
-        self.tensorboard.flush()
 
     @property
     def tensorboard(self) -> SummaryWriter:
         if self._tensorboard is None:
+            threading.excepthook = _leave_disk_errors_to_the_main_thread
             self._tensorboard = SummaryWriter(str(self.path))
         return self._tensorboard
 
@@ -108,6 +110,12 @@ class RunFolder:
             (self.path / name).write_text(text, errors="surrogateescape")
         except OSError as error:
             raise UserError(f"{self.path / name}: cannot be written ({error.strerror})") from error
+
+
+def _leave_disk_errors_to_the_main_thread(details: threading.ExceptHookArgs) -> None:
+    # TensorBoard's writing thread prints its traceback and hands the error to the next call as well.
+    if not issubclass(details.exc_type, OSError):
+        threading.__excepthook__(details)
 
 
 def _versions() -> dict[str, str | None]:
