@@ -45,16 +45,8 @@ PUBLISHED_CLIP_STEP = 16  # frames between the windows of --clips-per-video all
 MOMENTUM = 0.9
 # Flags that may differ between a run and its continuation without a word.
 NOT_TRAINING_FLAGS = {
-    "resume",
-    "run_dir",
-    "overwrite",
-    "workers",
-    "index_dir",
-    "weights",
-    "device",
-    "data_root",
-    "annotation_path",
-}
+    "resume", "run_dir", "overwrite", "workers", "index_dir", "weights", "device", "data_root", "annotation_path",
+}  # fmt: skip
 
 
 def parse_args() -> argparse.Namespace:
@@ -63,27 +55,19 @@ def parse_args() -> argparse.Namespace:
     cores = len(os.sched_getaffinity(0))
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
 
+    # fmt: off
     add = parser.add_argument_group("data").add_argument
     add("--dset", default="hmdb51", choices=sorted(DATA_ROOT), help="data set")
     add("--data-root", help="folder of the class folders; the default is DATA_ROOT in this script")
     add("--annotation-path", help="folder of the split files; the default is ANNOTATION_PATH in this script")
     add("--split", type=int, default=1, choices=(1, 2, 3), help="official split")
-    add(
-        "--val-fraction",
-        type=float,
-        default=0.0,
-        metavar="SHARE",
-        help="training videos, in whole source groups, to select the model on; 0 selects on the test set and says so",
-    )
+    add("--val-fraction", type=float, default=0.0, metavar="SHARE",
+        help="training videos, in whole source groups, to select the model on; 0 selects on the test set and says so")
     add("-T", "--time", type=int, default=16, metavar="N", help="frames a clip; a multiple of --stride")
     add("--stride", type=int, default=4, metavar="N", help="frames a segment: one key frame, the others residual")
     add("--frame-stride", type=int, default=1, metavar="N", help="video frames from one clip frame to the next")
-    add(
-        "--clips-per-video",
-        default="one",
-        choices=("one", "all"),
-        help="training clips a video and epoch: a random window, or every window 16 frames apart (as published)",
-    )
+    add("--clips-per-video", default="one", choices=("one", "all"),
+        help="training clips a video and epoch: a random window, or every window 16 frames apart (as published)")
     add("--views", type=int, default=1, metavar="N", help="test windows a video, evenly spread; 1 is the centred one")
     add("--size", type=int, default=224, metavar="PIXELS", help="height and width; a multiple of 32")
     add("-j", "--workers", type=int, default=min(8, cores), metavar="N", help="data loading processes; 0: none beside")
@@ -92,32 +76,18 @@ def parse_args() -> argparse.Namespace:
 
     add = parser.add_argument_group("network").add_argument
     add("--model", default="resnet18", choices=BACKBONES, help="ANN backbone")
-    add(
-        "--weights",
-        default="default",
-        metavar="default|none|PATH",
-        help="backbone weights: torchvision's for ImageNet (or its name of one), random, or a state dict",
-    )
-    add(
-        "--downsample",
-        action=yes_no,
-        default=False,
-        help="fuse at all four stages, the first two at reduced size; else at stages 2 to 4 at full size",
-    )
+    add("--weights", default="default", metavar="default|none|PATH",
+        help="backbone weights: torchvision's for ImageNet (or its name of one), random, or a state dict")
+    add("--downsample", action=yes_no, default=False,
+        help="fuse at all four stages, the first two at reduced size; else at stages 2 to 4 at full size")
     add("--branches", default="both", choices=BRANCHES, help="both branches, or one alone")
     add("--fusion", default="cross", choices=FUSIONS, help="cross-attention, or joined at the head only")
     add("--snn-bn", default="per-step", choices=BATCH_NORMS, help="SNN batch norm: statistics a time step, or of all")
 
     add = parser.add_argument_group("training").add_argument
     add("--epochs", type=int, default=100, metavar="N", help="epochs in all")
-    add(
-        "--start_epoch",
-        "--start-epoch",
-        type=int,
-        default=0,
-        metavar="N",
-        help="epoch to count from, for the learning rate; --resume knows its own",
-    )
+    add("--start_epoch", "--start-epoch", type=int, default=0, metavar="N",
+        help="epoch to count from, for the learning rate; a resumed run knows its own")
     add("-b", "--batch_size", "--batch-size", type=int, default=64, metavar="N", help="clips a batch")
     add("-lr", "--learning_rate", "--learning-rate", type=float, default=0.01, metavar="LR", help="its peak")
     add("--weight_decay", "--weight-decay", type=float, default=1e-4, metavar="W", help="weight decay")
@@ -126,12 +96,8 @@ def parse_args() -> argparse.Namespace:
     add("--accumulate", type=int, default=1, metavar="N", help="batches an optimizer step")
     add("--clip-norm", type=float, metavar="NORM", help="largest norm of the gradient; none: not clipped")
     add("--seed", type=int, default=1001, help="seed of everything random")
-    add(
-        "--amp",
-        action=yes_no,
-        default=True,
-        help="mixed precision: bf16 where the hardware has it, fp16 on older GPUs; --no-amp is fp32",
-    )
+    add("--amp", action=yes_no, default=True,
+        help="mixed precision: bf16 where the hardware has it, fp16 on older GPUs; --no-amp is fp32")
     add("--compile", action=yes_no, default=False, help="torch.compile the network")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cuda:1 or cpu")
 
@@ -139,6 +105,7 @@ def parse_args() -> argparse.Namespace:
     add("--run-dir", "--output-dir", help="folder of this run; the default is named for what it trains, in runs/")
     add("--resume", metavar="auto|PATH", help="continue from a checkpoint; auto: the run folder's last, if any")
     add("--overwrite", action=yes_no, default=False, help="replace the run that the folder holds")
+    # fmt: on
 
     args = parser.parse_args()
     check_args(args)

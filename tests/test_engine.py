@@ -9,13 +9,7 @@ from torch import nn
 
 from dataset.video import EpochSampler, VideoBatch
 from utils.device import choose_precision
-from utils.engine import (
-    NonFiniteLossError,
-    TrainPosition,
-    cosine_with_warmup,
-    evaluate,
-    train_one_epoch,
-)
+from utils.engine import NonFiniteLossError, TrainPosition, cosine_with_warmup, evaluate, train_one_epoch
 
 CPU = torch.device("cpu")
 

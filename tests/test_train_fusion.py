@@ -77,15 +77,7 @@ def test_a_run_and_its_folder(monkeypatch, capfd, flags):
     lines = metrics(run)
     assert [line["epoch"] for line in lines] == [0, 1]
     for line in lines:
-        expected = {
-            "train_loss",
-            "test_loss",
-            "clip_top1",
-            "clip_top5",
-            "video_top1",
-            "video_top5",
-            "learning_rate",
-        }
+        expected = {"train_loss", "test_loss", "clip_top1", "clip_top5", "video_top1", "video_top5", "learning_rate"}
         assert set(line) >= expected
         assert set(line) >= TIMES and set(line["firing_rate"]) == {"stage1", "stage2", "stage3", "stage4"}
         assert line["clips_per_second"] > 0 and 0 <= line["data_wait_share"] <= 1 and line["peak_memory_bytes"] > 1e6

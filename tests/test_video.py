@@ -7,15 +7,7 @@ from dataset.index import VideoInfo, probe
 from dataset.records import read_hmdb51
 from dataset.transforms import test_transform as centre_transform
 from dataset.transforms import train_transform
-from dataset.video import (
-    EpochSampler,
-    VideoDataset,
-    count_looped,
-    every_clip,
-    make_loader,
-    random_clips,
-    spread_clips,
-)
+from dataset.video import EpochSampler, VideoDataset, count_looped, every_clip, make_loader, random_clips, spread_clips
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,59 @@
+import json
+
+import pytest
+
+from utils.errors import UserError
+from utils.run_folder import RunFolder
+
+
+def line(epoch):
+    return {"epoch": epoch, "train_loss": 1.0, "firing_rate": {"stage1": 0.5}}
+
+
+def test_metrics_and_their_undoing(tmp_path):
+    run = RunFolder(tmp_path / "run", resuming=False, overwrite=False)
+    for epoch in range(3):
+        run.add_metrics(line(epoch))
+    with open(run.path / "metrics.jsonl", "a") as file:
+        file.write('{"epoch": 3, "train_lo')  # killed while it wrote
+    run.keep_epochs(2)
+    kept = (run.path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(text) for text in kept] == [line(0), line(1)]
+    run.close()
+
+
+def test_leftovers_of_a_killed_run_are_removed(tmp_path):
+    (tmp_path / ".last.pt.123.tmp").write_bytes(b"half")
+    RunFolder(tmp_path, resuming=True, overwrite=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_is_protected(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("")
+    with pytest.raises(UserError, match="holds a run already"):
+        RunFolder(tmp_path, resuming=False, overwrite=False)
+    RunFolder(tmp_path, resuming=True, overwrite=False)
+    assert (tmp_path / "metrics.jsonl").exists()
+    RunFolder(tmp_path, resuming=False, overwrite=True)
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_config_says_what_ran(tmp_path):
+    run = RunFolder(tmp_path, resuming=False, overwrite=False)
+    run.write_config({"lr": 0.1}, network={"stride": 4})
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["flags"] == {"lr": 0.1} and config["network"] == {"stride": 4}
+    assert set(config["versions"]) >= {"python", "torch", "torchvision", "spikingjelly", "av", "numpy"}
+
+
+def test_lists_keep_names_that_are_not_text(tmp_path):
+    run = RunFolder(tmp_path, resuming=False, overwrite=False)
+    name = b"caf\xe9.avi".decode("utf-8", "surrogateescape")
+    run.write_list("missing.txt", [name])
+    assert (tmp_path / "missing.txt").read_bytes() == b"caf\xe9.avi\n"
+
+
+def test_a_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"--run-dir .*file/run: cannot be written"):
+        RunFolder(tmp_path / "file" / "run", resuming=False, overwrite=False)
