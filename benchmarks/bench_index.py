@@ -43,10 +43,11 @@ def main() -> None:
         start = time.perf_counter()
         found = VideoIndex(Path(temporary) / "cold.json").lookup(paths[: args.cold], args.workers)
         seconds = time.perf_counter() - start
+        alone = seconds * args.workers
         frames = sum(info.frames for info in found.values())
         print(
             f"cold: {args.cold} files, {frames} frames, {args.workers} workers: {args.cold / seconds:.0f} files/s; "
-            f"a worker: {args.cold / seconds / args.workers:.0f} files/s, {frames / seconds / args.workers:.0f} frames/s"
+            f"a worker: {args.cold / alone:.0f} files/s, {frames / alone:.0f} frames/s"
         )
 
         # The rest of the index is filled in: decoding all 10,000 would only repeat the figure above.

@@ -37,7 +37,7 @@ CLASSES = (
 class DemoSettings:
     """Everything that shapes the generated files."""
 
-    train_videos_per_class: int = 150
+    train_videos_per_class: int = 140
     test_videos_per_class: int = 24
     frames: int = 16
     side_pixels: int = 80
@@ -133,8 +133,8 @@ def draw_video(name: str, generator: numpy.random.Generator, settings: DemoSetti
         frame = ground.copy()
         for shape in shapes:
             centre, angle, size = _pose(name, shape, time)
-            alpha, colour = _draw_shape(shape, centre, angle, size, side)
-            frame += alpha[..., None] * (colour - frame)
+            place, alpha, colour = _draw_shape(shape, centre, angle, size, side)
+            frame[place] += alpha[..., None] * (colour - frame[place])
         video[time] = frame.round().clip(0, 255)
     return video
 
@@ -153,11 +153,14 @@ def _pose(name: str, shape: dict, time: int) -> tuple[numpy.ndarray, float, floa
     return centre, angle, math.exp(log_size)
 
 
-def _draw_shape(shape: dict, centre, angle: float, size: float, side: int) -> tuple[numpy.ndarray, numpy.ndarray]:
-    """Coverage [side, side] and colour [side, side, 3] of a flattened polygon with the shape's texture."""
-    axis = (numpy.arange(side) + 0.5) / side
-    dx = (axis[None, :] - centre[0] + 0.5) % 1.0 - 0.5  # torus
-    dy = (axis[:, None] - centre[1] + 0.5) % 1.0 - 0.5
+def _draw_shape(shape: dict, centre, angle: float, size: float, side: int) -> tuple:
+    """(rows and columns of a patch [P, P] around the shape, on the torus; coverage [P, P]; colour
+    [P, P, 3]) of a flattened polygon with the shape's texture."""
+    reach = min(math.ceil(size * side) + 2, side // 2)
+    offsets = numpy.arange(-reach, reach if 2 * reach == side else reach + 1)
+    columns, rows = (offsets + math.floor(c * side) for c in centre)
+    dx = ((columns + 0.5) / side - centre[0])[None, :]
+    dy = ((rows + 0.5) / side - centre[1])[:, None]
     x = (numpy.cos(angle) * dx + numpy.sin(angle) * dy) / size
     y = (-numpy.sin(angle) * dx + numpy.cos(angle) * dy) / (size * _FLATTENED)
     sector = 2 * math.pi / shape["corners"]
@@ -169,7 +172,7 @@ def _draw_shape(shape: dict, centre, angle: float, size: float, side: int) -> tu
     cells = texture.shape[0]
     column = ((x + 1) / 2 * (cells - 1)).clip(0, cells - 1.001)
     row = ((y + 1) / 2 * (cells - 1)).clip(0, cells - 1.001)
-    return alpha, _bilinear(texture, row, column)
+    return numpy.ix_(rows % side, columns % side), alpha, _bilinear(texture, row, column)
 
 
 def _texture(generator: numpy.random.Generator, side: int, cells: int, low: float, high: float) -> numpy.ndarray:

@@ -101,8 +101,8 @@ def _lif_spikingjelly(current: Tensor, parameters: LIFParameters, v0: Tensor | N
 class LIF(nn.Module):
     """A layer of LIF neurons whose state starts at zero in every call and does not outlive it.
 
-    forward: current [S, ...] -> spikes [S, ...]. While `count_spikes` is true, `spike_sum` (float64
-    scalar, on the device) and `neuron_steps` (number of elements seen) add up; their ratio is the
+    forward: current [S, ...] -> spikes [S, ...]. While `count_spikes` is true, the float64 scalars
+    `spike_sum` and `neuron_steps` (neurons times time steps) add up on the device; their ratio is the
     mean firing rate. `utils.metrics.FiringRates` switches and reads them.
     """
 
@@ -111,8 +111,9 @@ class LIF(nn.Module):
         self.parameters_ = parameters  # `parameters` is nn.Module's
         self.backend = backend
         self.count_spikes = False
-        self.neuron_steps = 0
+        # Buffers, not Python numbers: a number that changes would make torch.compile trace anew.
         self.register_buffer("spike_sum", torch.zeros((), dtype=torch.float64), persistent=False)
+        self.register_buffer("neuron_steps", torch.zeros((), dtype=torch.float64), persistent=False)
 
     def forward(self, current: Tensor) -> Tensor:
         spikes, _ = lif(current, self.parameters_, backend=self.backend)

@@ -76,3 +76,27 @@ def test_firing_rates_over_several_forwards():
         assert rate == pytest.approx(sum(s.sum().item() for s in counted) / sum(s.numel() for s in counted))
         assert 0 < rate < 1
     assert FiringRates(ReSpike(branches="ann")).per_stage() == {}
+
+
+def test_firing_rates_of_a_compiled_model():
+    """Switched on after compiling, and without a new trace for every batch."""
+    model = ReSpike(branches="snn", num_classes=3).eval()
+    batches = [(torch.zeros(2, 1, 3, 32, 32), torch.randn(2, 1, 3, 3, 32, 32) * 4) for _ in range(3)]
+    results = []
+    traces = []
+
+    def counting_backend(graph, inputs):
+        traces.append(graph)
+        return graph.forward
+
+    for compiled in (False, True):
+        if compiled:
+            model.compile(backend=counting_backend)
+        with torch.no_grad():
+            model(*batches[0])
+            with FiringRates(model) as rates:
+                for batch in batches:
+                    model(*batch)
+        results.append(rates.per_layer())
+    assert results[0] == results[1] and max(results[0]) > 0.05
+    assert len(traces) <= 2

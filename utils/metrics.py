@@ -74,7 +74,7 @@ class FiringRates:
         for layers in self._layers.values():
             for layer in layers:
                 layer.spike_sum.zero_()
-                layer.neuron_steps = 0
+                layer.neuron_steps.zero_()
                 layer.count_spikes = True
         return self
 
@@ -84,11 +84,11 @@ class FiringRates:
                 layer.count_spikes = False
 
     def per_layer(self) -> list[float]:
-        return [layer.spike_sum.item() / layer.neuron_steps for layers in self._layers.values() for layer in layers]
+        return [(layer.spike_sum / layer.neuron_steps).item() for layers in self._layers.values() for layer in layers]
 
     def per_stage(self) -> dict[str, float]:
         """All spikes of a stage over all its neurons and steps: {"stage1": 0.12, ...}."""
         return {
-            stage: sum(layer.spike_sum.item() for layer in layers) / sum(layer.neuron_steps for layer in layers)
+            stage: (sum(layer.spike_sum for layer in layers) / sum(layer.neuron_steps for layer in layers)).item()
             for stage, layers in self._layers.items()
         }
