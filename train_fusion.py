@@ -21,18 +21,19 @@ from dataset.records import Split, VideoRecord, cut_validation, drop, read_hmdb5
 from dataset.report import report_files
 from dataset.residual import check_stride
 from dataset.transforms import test_transform, train_transform
-from dataset.video import VideoDataset, count_looped, every_clip, make_loader, random_clips, spread_clips
+from dataset.video import VideoDataset, count_looped, every_clip, fingerprint, make_loader, random_clips, spread_clips
 from models import ReSpike
 from models.resnet import BACKBONES
 from models.respike import BRANCHES, FUSIONS, SIZE_MULTIPLE
 from models.spiking_resnet import BATCH_NORMS
 from utils.checkpoint import load_checkpoint
-from utils.device import choose_device, choose_precision, device_name
+from utils.device import choose_device, choose_precision, cpu_count, device_name
 from utils.engine import TrainPosition, cosine_with_warmup, evaluate
 from utils.errors import ArgumentParser, UserError, run_script
 from utils.fit import TrainingState, fit
 from utils.run_folder import RunFolder
 from utils.seed import seed_all
+from utils.stopping import StopRequest
 
 # ---------------------------------------------------------------------------------------------------
 # Where the data sets are; --data-root and --annotation-path override.
@@ -52,7 +53,7 @@ NOT_TRAINING_FLAGS = {
 def parse_args() -> argparse.Namespace:
     parser = ArgumentParser(description="Train ReSpike on HMDB-51, UCF-101 or generated demo videos.")
     yes_no = BooleanOptionalAction
-    cores = len(os.sched_getaffinity(0))
+    cores = cpu_count()
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
 
     # fmt: off
@@ -136,6 +137,10 @@ def check_args(args: argparse.Namespace) -> None:
         raise UserError(f"--clip-norm must be positive, got {args.clip_norm}")
     if args.start_epoch >= args.epochs:
         raise UserError(f"--start_epoch {args.start_epoch} leaves none of --epochs {args.epochs} to train")
+    if not 0 <= args.seed < 2**63:
+        raise UserError(f"--seed must be at least 0 and below 2^63, got {args.seed}")
+    if args.dset == "demo" and args.annotation_path is not None:
+        raise UserError("--annotation-path: the demo makes its own split files, under --data-root")
     if args.resume and args.start_epoch:
         raise UserError("--start_epoch: a resumed run continues at its checkpoint's epoch; give one of the two")
 
@@ -145,27 +150,36 @@ def main() -> int:
     device = choose_device(args.device)
     precision = choose_precision(device, args.amp)
     seed_all(args.seed)
-    run = RunFolder(Path(args.run_dir), resuming=args.resume is not None, overwrite=args.overwrite)
+    run = RunFolder(Path(args.run_dir), continues_run(args), args.overwrite)
     print(f"run folder: {run.path}; {device_name(device)}, {str(precision or torch.float32).removeprefix('torch.')}")
 
     data = load_data(args, run, pin=device.type == "cuda")
-    state = build(args, run, data.classes, device)
+    state = build(args, run, data, device)
     run.write_config(vars(args), network=state.settings, device=device_name(device), precision=str(precision))
 
     passes = dict(device=device, precision=precision, stride=args.stride)
     finished = fit(
         state, data.train_loader, data.selection_loader, run, **passes, epochs=args.epochs,
+        learning_rate=lambda epoch: args.learning_rate * cosine_with_warmup(epoch, args.epochs, args.warmup_epochs),
         classes=len(data.classes), selected_on=data.selected_on, label_smoothing=args.label_smoothing,
         accumulation_steps=args.accumulate, clip_norm=args.clip_norm,
     )  # fmt: skip
-    if finished and data.selected_on == "test":
+    if finished and state.best["epoch"] is None:
+        print(f"no epoch was left to train: the checkpoint is at epoch {state.position.epoch} of {args.epochs}")
+    elif finished and data.selected_on == "test":
         print(
             f"best test video top-1 {state.best['video_top1']:.2f} % at epoch {state.best['epoch'] + 1}: selected on "
             "the test set itself, so optimistic; --val-fraction selects without it"
         )
     elif finished:
         state.model.load_state_dict(load_checkpoint(run.best)["model"])
-        scored = evaluate(state.model, data.test_loader, len(data.classes), **passes, task="test")
+        with StopRequest() as stop:
+            scored = evaluate(
+                state.model, data.test_loader, len(data.classes), **passes, task="test", should_stop=stop.requested
+            )
+        if scored is None:
+            print(f"stopped by {stop.name} in the test; --resume auto tests again")
+            return 0
         run.write_result({"epoch": state.best["epoch"], **scored})
         print(
             f"test of epoch {state.best['epoch'] + 1}, selected on validation videos: clip top-1 "
@@ -191,7 +205,7 @@ def load_data(args: argparse.Namespace, run: RunFolder, pin: bool) -> Data:
     split = read_split(args)
     index = VideoIndex(Path(args.index_dir) / f"{args.dset}.json")
     paths = [record.path for record in split.train + split.test]
-    infos = index.lookup(paths, workers=len(os.sched_getaffinity(0)))
+    infos = index.lookup(paths, workers=cpu_count())
     report_files(run, split, infos, args.strict)
     split = drop(split, [path for path, info in infos.items() if info.error])
     if not split.train or not split.test:
@@ -232,8 +246,7 @@ def read_split(args: argparse.Namespace) -> Split:
     data_root = args.data_root or DATA_ROOT[args.dset]
     annotation_path = args.annotation_path or ANNOTATION_PATH[args.dset]
     if args.dset == "demo":
-        workers = len(os.sched_getaffinity(0))
-        data_root, annotation_path = generate_demo(Path(data_root), DemoSettings(), workers)
+        data_root, annotation_path = generate_demo(Path(data_root), DemoSettings(), workers=cpu_count())
     read = read_ucf101 if args.dset == "ucf101" else read_hmdb51
     return read(data_root, annotation_path, args.split)
 
@@ -241,33 +254,42 @@ def read_split(args: argparse.Namespace) -> Split:
 # ---- network, optimizer, and where an earlier run left them ------------------------------------------
 
 
-def build(args: argparse.Namespace, run: RunFolder, classes: list[str], device: torch.device) -> TrainingState:
+def build(args: argparse.Namespace, run: RunFolder, data: Data, device: torch.device) -> TrainingState:
     network = dict(
-        backbone=args.model, num_classes=len(classes), stride=args.stride, downsample=args.downsample,
+        backbone=args.model, num_classes=len(data.classes), stride=args.stride, downsample=args.downsample,
         branches=args.branches, fusion=args.fusion, snn_batch_norm=args.snn_bn,
     )  # fmt: skip
     checkpoint = find_checkpoint(args.resume, run)
     model = ReSpike(**network, weights=args.weights if checkpoint is None else None)
     model = model.to(device, memory_format=torch.channels_last)
-    print(f"network: {sum(p.numel() for p in model.parameters()):,} parameters, {len(classes)} classes")
+    print(f"network: {sum(p.numel() for p in model.parameters()):,} parameters, {len(data.classes)} classes")
     optimizer = torch.optim.SGD(
         model.parameters(), lr=args.learning_rate, momentum=MOMENTUM, weight_decay=args.weight_decay,
         fused=True,
     )  # fmt: skip
-    scheduler = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda epoch: cosine_with_warmup(epoch + args.start_epoch, args.epochs, args.warmup_epochs)
-    )
     # float16 needs its gradients scaled; --amp gives it on GPUs that have no bfloat16.
     scaler = torch.amp.GradScaler(device.type, enabled=choose_precision(device, args.amp) == torch.float16)
-    settings = {**network, "classes": classes, "T": args.time}
+    settings = {**network, "classes": data.classes, "T": args.time}
+    order = {
+        "set of training clips": fingerprint(data.train_loader), "batch size": args.batch_size, "seed": args.seed,
+        "number of batches a step": args.accumulate,
+    }  # fmt: skip
     state = TrainingState(
-        model, optimizer, scheduler, scaler, settings, flags=vars(args), position=TrainPosition(args.start_epoch)
-    )
+        model, optimizer, scaler, settings, order, selection=fingerprint(data.selection_loader), flags=vars(args),
+        position=TrainPosition(args.start_epoch),
+    )  # fmt: skip
     if checkpoint is not None:
-        state.restore(checkpoint, NOT_TRAINING_FLAGS)
+        state.restore(checkpoint, run, NOT_TRAINING_FLAGS)
     if args.compile:
         model.compile()
     return state
+
+
+def continues_run(args: argparse.Namespace) -> bool:
+    """Whether the run folder's own run goes on: --resume auto, or one of its checkpoints."""
+    return args.resume is not None and (
+        args.resume == "auto" or Path(args.resume).resolve().parent == Path(args.run_dir).resolve()
+    )
 
 
 def find_checkpoint(resume: str | None, run: RunFolder) -> Path | None:

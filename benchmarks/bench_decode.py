@@ -11,7 +11,6 @@ decoders take turns, the figures are medians over rounds. "indexed" uses the see
 
 import argparse
 import json
-import os
 import random
 import statistics
 import time
@@ -158,5 +157,4 @@ def available_decoders(infos: dict) -> dict:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
     main()

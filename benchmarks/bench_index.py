@@ -3,8 +3,8 @@
     python -m benchmarks.bench_index ../shared/clips/hmdb51 ../shared/clips/ucf101
 
 Makes hard links (or copies, across file systems) of the given folders' videos until there are
---files of them, in a temporary folder, and looks them up three times in a new index: cold, over
---cold of them, then warm, over all.
+--files of them, in a temporary folder, and looks them up in a new index: cold, over --cold of them,
+once; then warm, over all, five times.
 """
 
 import argparse
@@ -19,6 +19,7 @@ from pathlib import Path
 
 from dataset.index import VideoIndex, _stamp, probe
 from dataset.records import VIDEO_SUFFIXES
+from utils.device import cpu_count
 
 
 def main() -> None:
@@ -26,7 +27,7 @@ def main() -> None:
     parser.add_argument("folders", type=Path, nargs="+")
     parser.add_argument("--files", type=int, default=10_000)
     parser.add_argument("--cold", type=int, default=1_000)
-    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--workers", type=int, default=cpu_count())
     args = parser.parse_args()
     sources = [p for folder in args.folders for p in sorted(folder.rglob("*")) if p.suffix.lower() in VIDEO_SUFFIXES]
     with tempfile.TemporaryDirectory() as temporary:

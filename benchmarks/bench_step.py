@@ -3,8 +3,9 @@
     python -m benchmarks.bench_step
     python -m benchmarks.bench_step --device cuda --model resnet50 -b 32
 
-Both run in this process in turn, on the same clips and the same weights; the table gives medians and
-the ratio of each pair of runs. "plain" is benchmarks/plain_respike.py in float32.
+Both run in this process in turn, from the same uint8 clips (laid out as a plain loader and as this
+project's gives them) and the same weights; the table gives medians and the ratio of each pair of runs.
+"plain" is benchmarks/plain_respike.py in float32.
 """
 
 import argparse
@@ -17,7 +18,7 @@ import time
 import torch
 import torch.nn.functional as F
 
-from benchmarks.plain_respike import PlainReSpike
+from benchmarks.plain_respike import PlainReSpike, plain_split
 from dataset.residual import key_residual_split
 from models import ReSpike
 from utils.device import autocast
@@ -48,16 +49,20 @@ def main() -> None:
     clip = torch.randint(0, 256, shape, dtype=torch.uint8).permute(0, 1, 4, 2, 3).to(device)  # as a loader gives it
     labels = torch.randint(0, 51, (args.batch_size,)).to(device)
 
-    builds = {"plain float32": (plain, None), "ours float32": (ours, None), "ours bfloat16": (ours, torch.bfloat16)}
+    builds = {
+        "plain float32": (plain, plain_split, clip.contiguous(), None),
+        "ours float32": (ours, key_residual_split, clip, None),
+        "ours bfloat16": (ours, key_residual_split, clip, torch.bfloat16),
+    }
     tasks = {"training step": (training_step, True), "test pass": (test_pass, False)}
     times = {(task, build): [] for task in tasks for build in builds}
     for run in range(args.runs + 1):
         for task, (function, training) in tasks.items():
-            for build, (model, precision) in builds.items():
+            for build, (model, split, clip, precision) in builds.items():
                 model.train(training)
                 with autocast(device, precision):  # as the engine: entered once for all batches of a test pass
-                    function(model, clip, labels, args.stride)  # casts weights, warms caches
-                    seconds = timed(function, device, model, clip, labels, args.stride)
+                    function(model, split, clip, labels, args.stride)  # casts weights, warms caches
+                    seconds = timed(function, device, model, split, clip, labels, args.stride)
                 if run > 0:
                     times[task, build].append(seconds)
 
@@ -96,8 +101,8 @@ def main() -> None:
             )
 
 
-def training_step(model, clip, labels, stride) -> None:
-    key, residual = key_residual_split(clip, stride)
+def training_step(model, split, clip, labels, stride) -> None:
+    key, residual = split(clip, stride)
     loss = F.cross_entropy(model(key, residual).float(), labels)
     loss.backward()
     for parameter in model.parameters():
@@ -107,8 +112,8 @@ def training_step(model, clip, labels, stride) -> None:
 
 
 @torch.no_grad()
-def test_pass(model, clip, labels, stride) -> None:
-    key, residual = key_residual_split(clip, stride)
+def test_pass(model, split, clip, labels, stride) -> None:
+    key, residual = split(clip, stride)
     model(key, residual)
 
 

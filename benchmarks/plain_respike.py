@@ -5,7 +5,7 @@ blocks. As in the published code these project with 1x1 convolutions, project th
 at each step, and form the attention matrix with a softmax; memory is laid out as PyTorch does by
 default. (The published code also recomputes each fusion block in the backward pass; this does not.)
 It borrows its layers from a `models.ReSpike`, so both compute the same numbers
-(tests/test_benchmarks.py).
+(tests/test_respike.py).
 """
 
 import torch
@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from spikingjelly.activation_based import functional, neuron, surrogate
 from torch import Tensor, nn
 
+from dataset.residual import IMAGENET_MEAN, IMAGENET_STD
 from models import ReSpike
 from models.attention import HEAD_WIDTH, Attention, CrossAttentionFusion
 from models.spiking_resnet import SpikingBlock, StepBatchNorm2d
@@ -82,6 +83,13 @@ def _softmax_attention(attention: Attention, tokens: Tensor, context: Tensor) ->
     )
     weights = (q @ k.transpose(-1, -2) * HEAD_WIDTH**-0.5).softmax(-1)  # [N, heads, HW, HW]
     return attention.to_out((weights @ v).transpose(1, 2).flatten(2))
+
+
+def plain_split(clip: Tensor, stride: int) -> tuple[Tensor, Tensor]:
+    """uint8 clip [B, T, 3, H, W] -> key, residual: normalise every frame, subtract, as it comes."""
+    mean, std = (torch.tensor(x, device=clip.device)[:, None, None] for x in (IMAGENET_MEAN, IMAGENET_STD))
+    segments = ((clip.float() / 255 - mean) / std).unflatten(1, (-1, stride))  # [B, K, stride, 3, H, W]
+    return segments[:, :, 0], segments[:, :, 1:] - segments[:, :, :1]
 
 
 class PlainReSpike(nn.Module):

@@ -23,7 +23,7 @@ av.logging.set_level(av.logging.PANIC)
 _CONTAINERS = "avi,mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,mpeg,mpegts,mpegvideo,flv,asf,ogg,nut,ivf,m4v,h264,hevc"
 _OPEN_OPTIONS = {"protocol_whitelist": "file", "format_whitelist": _CONTAINERS}
 
-# A seek costs about as much as decoding this many frames (benchmarks/bench_decode.py).
+# A seek costs about as much as decoding this many frames (benchmarks/RESULTS.md).
 _SEEK_COST_FRAMES = 3
 
 
@@ -32,7 +32,8 @@ class VideoError(UserError):
 
 
 class SeekPoint(NamedTuple):
-    """A keyframe from which decoding gives the very frames that decoding from the start gives."""
+    """A keyframe from which decoding gives what decoding from the start gives, as `dataset.index.probe`
+    found on its first frames."""
 
     index: int  # of the frame, in presentation order
     pts: int  # presentation timestamp, in the stream's time base

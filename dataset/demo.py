@@ -51,15 +51,19 @@ def generate_demo(root: Path, settings: DemoSettings, workers: int) -> tuple[Pat
 
     Returns (data_root, annotation_path) for `dataset.records.read_hmdb51`.
     """
-    videos, splits, stamp = root / "videos", root / "splits", root / "settings.json"
+    videos, splits, stamp = root / "videos", root / "splits", root / "demo_settings.json"
     wanted = asdict(settings)
     try:
-        if stamp.is_file() and json.loads(stamp.read_text()) == wanted:
+        if stamp.is_file() and stamp.read_text() == json.dumps({**wanted, "complete": True}):
             return videos, splits
+        # Only what carries the demo's stamp is the demo's to replace.
+        if not stamp.is_file() and (videos.exists() or splits.exists()):
+            raise UserError(f"--data-root {root}: holds videos that are not the demo's; name another folder for them")
+        root.mkdir(parents=True, exist_ok=True)
+        stamp.write_text(json.dumps({**wanted, "complete": False}))  # an interrupted generation starts over
         for folder in (videos, splits):
-            if folder.exists():
-                shutil.rmtree(folder)
-            folder.mkdir(parents=True)
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
         tasks = []
         for label, name in enumerate(CLASSES):
             (videos / name).mkdir()
@@ -78,7 +82,7 @@ def generate_demo(root: Path, settings: DemoSettings, workers: int) -> tuple[Pat
         ):
             for _ in pool.map(_write_task, tasks, chunksize=4):
                 progress.advance()
-        stamp.write_text(json.dumps(wanted))  # last: an interrupted generation starts over
+        stamp.write_text(json.dumps({**wanted, "complete": True}))
     except OSError as error:
         raise UserError(f"{root}: the demo videos cannot be written ({error.strerror})") from error
     return videos, splits

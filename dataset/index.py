@@ -8,6 +8,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import time
 import zlib
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
@@ -26,6 +27,9 @@ from utils.stopping import leave_signals_to_the_main_process
 _FORMAT = 1
 _DECODER = f"libavcodec {'.'.join(map(str, av.library_versions['libavcodec']))}"
 _FRAMES_CHECKED_AFTER_A_SEEK = 8
+# Nearer seek points save less than they cost; a file of keyframes only would be all seek points.
+_FRAMES_BETWEEN_SEEK_POINTS = 10
+_SECONDS_BETWEEN_SAVES = 60.0
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,7 @@ def probe(path: str | os.PathLike) -> VideoInfo:
                     if round(frame.rotation / 90) % 2:
                         width, height = height, width
                 timestamps.append(frame.pts)
-                if frame.key_frame and index > 0:
+                if frame.key_frame and index >= (keyframes[-1] if keyframes else 0) + _FRAMES_BETWEEN_SEEK_POINTS:
                     keyframes.append(index)
                 if keyframes and index < keyframes[-1] + _FRAMES_CHECKED_AFTER_A_SEEK:
                     checksums[index] = _checksum(frame)
@@ -123,14 +127,24 @@ class VideoIndex:
         """What is in each file, by path; a file that cannot be read has `error` set."""
         keys = {path: os.path.abspath(path) for path in paths}
         stamps = {path: _stamp(path) for path in paths}
-        stale = [path for path, stamp in stamps.items() if self._entries.get(keys[path], [None])[0] != stamp]
+        stale = [path for path in stamps if not self._serves(keys[path], stamps[path])]
         if stale:
+            self._save()  # a cache that cannot be written is better known before hours of decoding
+            saved = time.monotonic()
             try:
                 for path, info in _probe_all(stale, max(1, workers)):
                     self._entries[keys[path]] = [stamps[path], asdict(info)]
+                    if time.monotonic() > saved + _SECONDS_BETWEEN_SAVES:
+                        self._save()
+                        saved = time.monotonic()
             finally:  # an interrupted start keeps what it found
                 self._save()
         return {path: _info_from_json(self._entries[key][1]) for path, key in keys.items()}
+
+    def _serves(self, key: str, stamp: list[int]) -> bool:
+        entry = self._entries.get(key)
+        # What could not be read is tried again: permissions and network drives mend without a trace.
+        return entry is not None and entry[0] == stamp and entry[1]["error"] is None
 
     def _save(self) -> None:
         if self._cache_file is None:
@@ -175,6 +189,8 @@ def _probe_or_error(path: str) -> VideoInfo:
         return probe(path)
     except VideoError as error:
         return VideoInfo(error=str(error))
+    except Exception as error:  # one strange file among thousands must not end the run
+        return VideoInfo(error=f"{path}: cannot be decoded ({type(error).__name__}: {' '.join(str(error).split())})")
 
 
 def _probe_all(paths: list[str], workers: int):
@@ -189,9 +205,13 @@ def _probe_all(paths: list[str], workers: int):
                 broken = False
                 while (waiting or running) and not broken:
                     while waiting and len(running) < 2 * workers:
-                        path = waiting.pop()
-                        running[pool.submit(_probe_or_error, path)] = path
-                    for future in wait(running, return_when=FIRST_COMPLETED).done:
+                        try:
+                            future = pool.submit(_probe_or_error, waiting[-1])
+                        except BrokenProcessPool:
+                            broken = True
+                            break
+                        running[future] = waiting.pop()
+                    for future in wait(running, return_when=FIRST_COMPLETED).done if running else ():
                         path = running.pop(future)
                         try:
                             yield path, future.result()

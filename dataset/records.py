@@ -13,7 +13,7 @@ from pathlib import Path
 
 from utils.errors import UserError
 
-VIDEO_SUFFIXES = {".avi", ".mp4", ".mkv", ".webm", ".mov"}
+VIDEO_SUFFIXES = {".avi", ".mp4", ".m4v", ".mkv", ".webm", ".mov", ".mpg", ".mpeg", ".wmv", ".flv", ".3gp", ".ts"}
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ def _folder(path: str | Path, flag: str, expected: str) -> Path:
 
 def _lines(file: Path) -> Iterable[tuple[int, str]]:
     try:
-        text = file.read_text(encoding="utf-8", errors="surrogateescape")
+        text = file.read_text(encoding="utf-8-sig", errors="surrogateescape")
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror})") from error
     for number, line in enumerate(text.splitlines(), start=1):
@@ -159,12 +159,19 @@ def _match(data_root: Path, classes: list[str], listed: list[tuple[str, int, str
         folder = data_root / name
         if not folder.is_dir():
             continue
-        files = [file for file in folder.iterdir() if file.suffix.lower() in VIDEO_SUFFIXES]
+        try:
+            files = [file for file in folder.iterdir() if file.suffix.lower() in VIDEO_SUFFIXES]
+        except OSError as error:
+            raise UserError(f"{folder}: cannot be read ({error.strerror})") from error
         if not files:
             raise UserError(f"{folder}: class folder without a video; fill it or remove it")
         on_disk.update(f"{name}/{file.name}" for file in files)
     parts = {"train": [], "test": []}
     missing = []
+    part_of = {}
+    for name, _, part in listed:
+        if part is not None and part_of.setdefault(name, part) != part:
+            raise UserError(f"{what}: {name} is listed both to train and to test on")
     for name, label, part in listed:
         if name not in on_disk:
             missing.append(name)

@@ -20,8 +20,8 @@ def report_files(run: RunFolder, split: Split, infos: dict[str, VideoInfo], stri
         ("unreadable", unreadable, "videos cannot be read and are left out"),
         ("damaged", damaged, "videos have damaged packets; their decodable frames are used"),
     ):
+        file = run.write_list(f"{name}.txt", lines)
         if lines:
-            file = run.write_list(f"{name}.txt", lines)
             print(f"data: {len(lines)} {meaning}, the first: {lines[0]} (all in {file})")
     if unreadable and strict:
         raise UserError(f"--strict: {len(unreadable)} videos cannot be read, the first: {unreadable[0]}")

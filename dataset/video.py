@@ -4,8 +4,11 @@ A clip is a function of (seed, epoch, index) alone: not of the worker that makes
 what was drawn before. That is what makes a resumed run see what an undisturbed one would have.
 """
 
+import os
 import random
+import zlib
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -116,13 +119,21 @@ class EpochSampler(Sampler):
         self._epoch, self._start = epoch, start
 
     def __len__(self) -> int:
-        return self._length - self._start
+        return max(0, self._length - self._start)
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         order = list(range(self._length))
         if self._shuffle:
             random.Random(f"order/{self._seed}/{self._epoch}").shuffle(order)
         return iter([(self._epoch, index) for index in order[self._start :]])
+
+
+def fingerprint(loader: DataLoader) -> str:
+    """A short name of the clips a loader goes through and their order before shuffling; the folder the
+    videos are in does not count."""
+    dataset = loader.dataset
+    names = ["/".join(Path(dataset.records[clip.video].path).parts[-2:]) + f"@{clip.start}" for clip in dataset.clips]
+    return f"{len(names)} clips, {zlib.crc32(os.fsencode(chr(10).join(names))):08x}"
 
 
 def collate(samples: list[tuple[Tensor, int, int]]) -> VideoBatch:
@@ -145,6 +156,6 @@ def make_loader(
         collate_fn=collate,
         pin_memory=pin,
         persistent_workers=workers > 0,
-        prefetch_factor=4 if workers > 0 else None,
+        prefetch_factor=2 if workers > 0 else None,
         worker_init_fn=leave_signals_to_the_main_process,
     )

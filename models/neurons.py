@@ -54,7 +54,7 @@ def lif(
 
     current: [S, ...] input current, time first, floating point. v0: [...] membrane before the first
     step; zero if None. Returns (spikes [S, ...] in the current's type, v [...] the membrane after the
-    last step; float32 where the current is float16 or bfloat16).
+    last step; from "reference", float32 where the current is float16 or bfloat16).
 
     backend: "reference" (plain PyTorch, membrane recomputed in the backward pass), "spikingjelly"
     (its multi-step LIFNode), or "auto", which takes the fastest that this build has. Raises

@@ -54,16 +54,17 @@ def load_weights(resnet: nn.Module, backbone: str, weights: str | None) -> None:
             ) from error
     else:
         state_dict = _read_state_dict(Path(weights))
+    # The classifier is not used; files older than PyTorch 0.4.1 have no num_batches_tracked.
+    own = {name for name in resnet.state_dict() if not name.startswith("fc.")}
+    found = {name for name in state_dict if not name.startswith("fc.")}
+    for names, what in ((sorted(found - own), "does not belong to it"), (sorted(own - found), "is missing")):
+        names = [name for name in names if not name.endswith("num_batches_tracked")]
+        if names:
+            raise UserError(f"--weights {weights}: not the weights of a {backbone}: {names[0]} {what}")
     try:
-        resnet.load_state_dict({k: v for k, v in state_dict.items() if not k.startswith("fc.")}, strict=False)
+        resnet.load_state_dict({name: state_dict[name] for name in found & own}, strict=False)
     except RuntimeError as error:
         raise UserError(f"--weights {weights}: not the weights of a {backbone}: {_first_detail(error)}") from error
-    missing = sorted(set(resnet.state_dict()) - set(state_dict) - {"fc.weight", "fc.bias"})
-    if missing:
-        raise UserError(
-            f"--weights {weights}: not the weights of a {backbone}: {len(missing)} tensors are missing, "
-            f"the first is {missing[0]}"
-        )
 
 
 def _read_state_dict(path: Path) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ from dataset.decode import decode_frames
 from dataset.demo import CLASSES, DemoSettings, draw_video, generate_demo
 from dataset.index import probe
 from dataset.records import read_hmdb51
+from utils.errors import UserError
 
 SETTINGS = DemoSettings(frames=8, side_pixels=40)
 
@@ -33,6 +34,26 @@ def test_it_is_drawn_the_same_again(tmp_path, tiny_demo):
     assert (root / name).stat().st_mtime_ns == stamp  # there already
     generate_demo(tmp_path, DemoSettings(1, 1, frames=5, side_pixels=40), workers=1)
     assert probe(root / name).frames == 5  # other settings: written anew
+
+
+def test_other_videos_are_never_replaced(tmp_path):
+    precious = tmp_path / "videos/wave/a.avi"
+    precious.parent.mkdir(parents=True)
+    precious.write_bytes(b"mine")
+    with pytest.raises(UserError, match="holds videos that are not the demo's"):
+        generate_demo(tmp_path, SETTINGS, workers=1)
+    assert precious.read_bytes() == b"mine"
+
+
+def test_an_interrupted_generation_starts_over(tmp_path, monkeypatch):
+    settings = DemoSettings(1, 1, frames=5, side_pixels=40)
+    root, _ = generate_demo(tmp_path, settings, workers=1)
+    stamp = tmp_path / "demo_settings.json"
+    for content in (stamp.read_text().replace("true", "false"), "{", ""):
+        stamp.write_text(content)
+        next(root.glob("*/*.avi")).write_bytes(b"half")
+        generate_demo(tmp_path, settings, workers=1)
+        assert all(probe(path).frames == 5 for path in root.glob("*/*.avi"))
 
 
 def test_test_videos_are_others(tiny_demo):

@@ -30,7 +30,8 @@ def test_lookup_and_cache(videos, tmp_path, monkeypatch):
         raise AssertionError(f"probed again: {paths}")
 
     monkeypatch.setattr(index_module, "_probe_all", not_again)
-    assert VideoIndex(cache).lookup(videos, workers=2) == found
+    served = VideoIndex(cache).lookup(videos[:4], workers=2)
+    assert served == {path: found[path] for path in videos[:4]}
 
 
 def test_a_changed_file_is_probed_again(videos, tmp_path):
@@ -84,6 +85,28 @@ def test_a_file_that_kills_its_decoder_is_named(videos, monkeypatch):
     found = VideoIndex(None).lookup(videos, workers=2)
     assert "kills the decoder" in found[videos[1]].error
     assert all(found[path].frames == 5 for path in videos if path != videos[1])
+
+
+def away(path):
+    return VideoInfo(error=f"{path}: the network drive is away")
+
+
+def test_what_could_not_be_read_is_tried_again(videos, tmp_path, monkeypatch):
+    cache = tmp_path / "index.json"
+    with monkeypatch.context() as patch:
+        patch.setattr(index_module, "_probe_or_error", away)
+        assert "drive is away" in VideoIndex(cache).lookup(videos[:1], workers=1)[videos[0]].error
+    assert VideoIndex(cache).lookup(videos[:1], workers=1)[videos[0]].frames == 10
+
+
+def test_a_file_that_breaks_the_code_is_named(videos, monkeypatch):
+    def strange(path):
+        raise MemoryError("too\nlarge")
+
+    monkeypatch.setattr(index_module, "probe", strange)
+    assert VideoIndex(None).lookup(videos[:1], workers=1)[videos[0]].error == (
+        f"{videos[0]}: cannot be decoded (MemoryError: too large)"
+    )
 
 
 def test_cache_folder_without_permission(videos, tmp_path):

@@ -82,7 +82,7 @@ def test_definition_agrees_with_spikingjelly(surrogate, v_reset, detach_reset):
     torch.testing.assert_close(results[0][1:], results[1][1:], rtol=1e-12, atol=1e-13)
 
 
-@pytest.mark.parametrize("surrogate", SURROGATES)
+@pytest.mark.parametrize("surrogate", ["atan", "sigmoid"])
 @pytest.mark.parametrize("v_reset", [0.0, None])
 def test_gradcheck_of_the_definition_with_a_smooth_spike(surrogate, v_reset):
     """With the step replaced by a smooth function, numerical and analytical gradients must agree."""

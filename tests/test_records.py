@@ -125,6 +125,9 @@ def test_refusals(tmp_path):
     with pytest.raises(UserError, match=r"run_test_split1\.txt:2: expected"):
         read_hmdb51(root, lists, 1)
     (lists / "run_test_split1.txt").unlink()
+    (lists / "wave_test_split1.txt").write_text("a.avi 1\na.avi 2\n")
+    with pytest.raises(UserError, match=r"wave/a\.avi is listed both to train and to test on"):
+        read_hmdb51(root, lists, 1)
     (lists / "wave_test_split1.txt").write_text("x.avi 1\ny.avi 2\n")
     with pytest.raises(UserError, match="none of its 2 videos is in"):
         read_hmdb51(root, lists, 1)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from benchmarks.plain_respike import PlainReSpike
+from benchmarks.plain_respike import PlainReSpike, plain_split
 from dataset.residual import key_residual_split
 from models import ReSpike
 from tests.test_golden import published_state_dict
@@ -89,6 +89,9 @@ def test_agrees_with_a_plain_build_that_steps_through_time(downsample):
     model = ReSpike(num_classes=7, downsample=downsample).double()
     model.load_reference_state_dict(published_state_dict("resnet18"))
     plain = PlainReSpike(model).double()
+    frames = torch.randint(0, 256, (2, 8, 3, 64, 64), dtype=torch.uint8)
+    for ours, theirs in zip(key_residual_split(frames, 4), plain_split(frames, 4), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
     key, residual = key_residual_split(clip(dtype=torch.float64), 4)
     for mode in (True, False):
         model.train(mode), plain.train(mode)
@@ -186,8 +189,16 @@ def test_backbone_weights_from_a_file(tmp_path):
     model = ReSpike(weights=str(tmp_path / "r18.pt"))
     assert torch.equal(model.ann.stem[0].weight, source.conv1.weight)
     assert torch.equal(model.ann.stages[3][1].bn2.weight, source.layer4[1].bn2.weight)
-    with pytest.raises(UserError, match=r"r18\.pt: not the weights of a resnet50"):
-        ReSpike("resnet50", weights=str(tmp_path / "r18.pt"))
+    for other in ("resnet34", "resnet50"):
+        with pytest.raises(UserError, match=rf"r18\.pt: not the weights of a {other}"):
+            ReSpike(other, weights=str(tmp_path / "r18.pt"))
+    deeper = torchvision.models.resnet34().state_dict()
+    torch.save(deeper, tmp_path / "r34.pt")
+    with pytest.raises(UserError, match=r"not the weights of a resnet18: layer1\.2.* does not belong"):
+        ReSpike("resnet18", weights=str(tmp_path / "r34.pt"))
+    old = {name: value for name, value in source.state_dict().items() if "num_batches" not in name}
+    torch.save(old, tmp_path / "old.pt")  # as files from before PyTorch 0.4.1 are
+    assert torch.equal(ReSpike(weights=str(tmp_path / "old.pt")).ann.stem[0].weight, source.conv1.weight)
     (tmp_path / "r18.pt").write_bytes(b"junk")
     with pytest.raises(UserError, match="not a readable state dict"):
         ReSpike(weights=str(tmp_path / "r18.pt"))

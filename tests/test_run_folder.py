@@ -16,10 +16,10 @@ def test_metrics_and_their_undoing(tmp_path):
         run.add_metrics(line(epoch))
     with open(run.path / "metrics.jsonl", "a") as file:
         file.write('{"epoch": 3, "train_lo')  # killed while it wrote
-    run.keep_epochs(2)
+    run = RunFolder(tmp_path / "run", resuming=True, overwrite=False)
+    run.begin(2)
     kept = (run.path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(text) for text in kept] == [line(0), line(1)]
-    run.close()
 
 
 def test_leftovers_of_a_killed_run_are_removed(tmp_path):
@@ -34,7 +34,9 @@ def test_a_run_is_protected(tmp_path):
         RunFolder(tmp_path, resuming=False, overwrite=False)
     RunFolder(tmp_path, resuming=True, overwrite=False)
     assert (tmp_path / "metrics.jsonl").exists()
-    RunFolder(tmp_path, resuming=False, overwrite=True)
+    run = RunFolder(tmp_path, resuming=False, overwrite=True)
+    assert (tmp_path / "metrics.jsonl").exists()  # until the new run begins
+    run.begin(0)
     assert not (tmp_path / "metrics.jsonl").exists()
 
 

@@ -167,7 +167,7 @@ def undisturbed(tiny_demo, tmp_path_factory):
 def resumable(tiny_demo, folder: Path) -> dict:
     return {
         "--dset": "hmdb51", "--data-root": tiny_demo[0], "--annotation-path": tiny_demo[1], "--weights": "none",
-        "-T": 4, "--stride": 2, "--size": 32, "-b": 4, "-j": 1, "--epochs": 4, "-lr": 0.001, "--downsample": None,
+        "-T": 4, "--stride": 2, "--size": 32, "-b": 5, "-j": 1, "--epochs": 4, "-lr": 0.001, "--downsample": None,
         "--index-dir": folder / "index", "--run-dir": folder / "run", "--resume": "auto",
     }  # fmt: skip
 
@@ -205,6 +205,63 @@ def metrics_text(run: Path) -> list[str]:
     return (run / "metrics.jsonl").read_text().splitlines()
 
 
+@pytest.mark.parametrize("more", [{}, {"--accumulate": 2}, {"--val-fraction": 0.3}], ids=["plain", "accumulate", "val"])
+def test_stopped_in_evaluation_and_resumed(monkeypatch, capfd, flags, tmp_path, more):
+    import utils.fit
+
+    assert run_here(monkeypatch, capfd, flags | more | {"--run-dir": tmp_path / "whole"})[0] == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(utils.fit, "evaluate", lambda *args, **kwargs: None)  # as if a signal had come
+        status, out, _ = run_here(monkeypatch, capfd, flags | more)
+        assert status == 0 and "continue with --resume auto" in out
+    status, out, err = run_here(monkeypatch, capfd, flags | more | {"--resume": "auto"})
+    assert status == 0, err
+    run = Path(flags["--run-dir"])
+    assert comparable(run) == comparable(tmp_path / "whole") and same_weights(run, tmp_path / "whole")
+
+
+def test_a_resumed_run_follows_its_flags(monkeypatch, capfd, flags, tmp_path):
+    assert run_here(monkeypatch, capfd, flags)[0] == 0
+    changed = flags | {"-lr": "0.004", "--weight_decay": "0.01", "--epochs": 4, "--resume": "auto"}
+    status, out, _ = run_here(monkeypatch, capfd, changed)
+    assert status == 0 and "note: --learning-rate was 0.002, is now 0.004" in out
+    rates = [line["learning_rate"] for line in metrics(Path(flags["--run-dir"]))]
+    assert rates == pytest.approx([0.002, 0.001, 0.002, 0.004 * 0.1464466])  # the last two: cosine over 4 epochs
+    group = load_checkpoint(Path(flags["--run-dir"]) / "last.pt")["optimizer"]["param_groups"][0]
+    assert group["weight_decay"] == 0.01
+
+
+def test_start_epoch_moves_the_learning_rate(monkeypatch, capfd, flags):
+    assert run_here(monkeypatch, capfd, flags | {"--start_epoch": 1})[0] == 0
+    assert [line["learning_rate"] for line in metrics(Path(flags["--run-dir"]))] == pytest.approx([0.001])
+
+
+def test_another_order_in_mid_epoch_is_refused(monkeypatch, capfd, flags):
+    import utils.fit
+
+    with monkeypatch.context() as patch:
+        patch.setattr(utils.fit, "evaluate", lambda *args, **kwargs: None)
+        assert run_here(monkeypatch, capfd, flags)[0] == 0
+    refused(
+        monkeypatch, capfd, flags | {"--resume": "auto", "-b": "7"}, r"mid-epoch with another batch size \(5, now 7\)"
+    )
+
+
+def test_another_runs_folder_is_not_replaced_by_resuming(monkeypatch, capfd, flags, tmp_path):
+    other = flags | {"--run-dir": tmp_path / "other"}
+    assert run_here(monkeypatch, capfd, flags)[0] == run_here(monkeypatch, capfd, other)[0] == 0
+    last = Path(flags["--run-dir"]) / "last.pt"
+    refused(monkeypatch, capfd, other | {"--resume": last}, "holds a run already")
+
+
+def test_a_mistake_does_not_cost_the_run_to_be_overwritten(monkeypatch, capfd, flags):
+    assert run_here(monkeypatch, capfd, flags)[0] == 0
+    last = Path(flags["--run-dir"]) / "last.pt"
+    before = last.read_bytes()
+    refused(monkeypatch, capfd, flags | {"--overwrite": None, "--data-root": "/nowhere"}, "no such folder")
+    assert last.read_bytes() == before
+
+
 def test_resumed_from_a_path_and_told_what_changed(monkeypatch, capfd, flags, tmp_path):
     assert run_here(monkeypatch, capfd, flags)[0] == 0
     last = Path(flags["--run-dir"]) / "last.pt"
@@ -231,6 +288,9 @@ BAD_FLAGS = {
     "number": ({"-b": "many"}, r"-b.*invalid int value: 'many'"),
     "unknown flag": ({"--strid": "2"}, r"unrecognized arguments: --strid"),
     "epochs": ({"--epochs": "0"}, r"--epochs must be at least 1"),
+    "seed": ({"--seed": "-1"}, r"--seed must be at least 0"),
+    "nan": ({"-lr": "nan"}, r"--learning-rate must be at least 0, got nan"),
+    "resume and start": ({"--resume": "auto", "--start_epoch": "1"}, r"give one of the two"),
     "fraction": ({"--val-fraction": "1.5"}, r"--val-fraction must be at least 0 and below 1"),
     "device": ({"--device": "tpu"}, r"--device tpu: expected"),
     "cuda": ({"--device": "cuda:99"}, r"--device cuda:99: this machine has \d+ CUDA devices"),

@@ -69,7 +69,8 @@ def train_one_epoch(
     loader.sampler.set_epoch(position.epoch, position.batches * loader.batch_size)
     scores = ClipScores(device, position.scores)
     total = position.batches + len(loader)
-    watch = _LossWatch(loader.dataset, every=1 if device.type == "cpu" else _STEPS_BETWEEN_READINGS)
+    every = 1 if device.type == "cpu" else _STEPS_BETWEEN_READINGS
+    watch = _LossWatch(loader.dataset, every, position.batches)
     clock = _Clock()
     optimizer.zero_grad(set_to_none=True)
     with Progress(total, f"epoch {position.epoch + 1}/{epochs}", unit="batch", start=position.batches) as progress:
@@ -101,6 +102,7 @@ def train_one_epoch(
             clock.clips += len(batch.labels)
             progress.advance(loss=watch.shown, clips_per_s=f"{clock.clips_per_second():.1f}")
     watch.read()
+    position.scores = scores.state()  # a run stopped between here and the next epoch reports the same sums
     result = scores.result()
     return {"train_loss": result["loss"], "train_clip_top1": result["top1"], **clock.result()}
 
@@ -181,13 +183,18 @@ def _batches(loader: DataLoader) -> Iterator[VideoBatch]:
         yield from loader
     except UserError as error:
         raise worker_error(error) from error
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        reason = " ".join(str(error).split())
+        raise UserError(f"a data loading process died ({reason}); fewer -j, or more memory or /dev/shm") from error
 
 
 class _LossWatch:
     """Reads losses every so often, stops on one that is not finite, and knows which videos made it."""
 
-    def __init__(self, dataset, every: int):
-        self._dataset, self._every = dataset, every
+    def __init__(self, dataset, every: int, batches_done: int):
+        self._dataset, self._every, self._read = dataset, every, batches_done
         self._unread: list[tuple[Tensor, Tensor]] = []
         self.shown = "-"  # the latest loss, for the progress bar
 
@@ -201,9 +208,10 @@ class _LossWatch:
             return
         losses = torch.stack([loss for loss, _ in self._unread]).tolist()
         for loss, (_, videos) in zip(losses, self._unread, strict=True):
+            self._read += 1
             if not math.isfinite(loss):
                 names = ", ".join(self._dataset.records[video].path for video in videos.tolist())
-                raise NonFiniteLossError(f"the loss became {loss}; videos of that batch: {names}")
+                raise NonFiniteLossError(f"batch {self._read}: the loss became {loss}; videos of that batch: {names}")
         self.shown = f"{losses[-1]:.4f}"
         self._unread.clear()
 

@@ -1,12 +1,13 @@
 """The one exception for what a user can mend, and what turns it into one line."""
 
 import argparse
-import gc
 import multiprocessing
 import signal
 import sys
 from collections.abc import Callable
 from typing import NoReturn
+
+import torch
 
 
 class UserError(ValueError):
@@ -29,24 +30,46 @@ def worker_error(error: UserError) -> UserError:
     message = str(error)
     if not message.startswith("Caught "):
         return error
-    return UserError(message.strip().splitlines()[-1].partition("Error: ")[2])
+    lines = message.strip().splitlines()
+    return UserError(lines[-1].partition("Error: ")[2] or " ".join(lines))
+
+
+def _terminated(number: int, frame) -> NoReturn:
+    # An exception, so that what is under way can clean up; training has its own answer (utils/stopping.py).
+    sys.exit(128 + number)
+
+
+def _end_workers() -> None:
+    """Kill the data loading processes that are left: they ignore the softer signals (utils/stopping.py),
+    and a loader that an error's traceback holds waits seconds for each."""
+    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's would complain of their death
+    for worker in multiprocessing.active_children():
+        worker.kill()
+        worker.join()
+    signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
 
 
 def run_script(main: Callable[[], int | None]) -> NoReturn:
     """Run a script's main and exit with what it returns; a `UserError` becomes one line and status 2."""
+    signal.signal(signal.SIGTERM, _terminated)
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # file names need not be text
     try:
         status = main()
+    except SystemExit as leaving:
+        status = leaving.code
     except UserError as error:
         sys.stdout.flush()
         print(f"error: {error}", file=sys.stderr)
         status = 2
+    except torch.OutOfMemoryError as error:
+        print(
+            f"error: out of GPU memory ({str(error).splitlines()[0]}); take a smaller -b, --accumulate makes up for it",
+            file=sys.stderr,
+        )
+        status = 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         status = 130
-    gc.collect()  # loaders that the error's traceback held shut their workers down
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would complain of the next line
-    for worker in multiprocessing.active_children():
-        worker.kill()  # data loading processes ignore the softer signals (utils/stopping.py)
+    _end_workers()
     sys.exit(status)

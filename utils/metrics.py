@@ -12,7 +12,7 @@ class ClipScores:
         # loss sum, top-1 hits, top-5 hits, clips
         self._sums = torch.zeros(4, dtype=torch.float64, device=device)
         if state is not None:
-            self._sums += torch.tensor(state, dtype=torch.float64)
+            self._sums += torch.tensor(state, dtype=torch.float64, device=device)
 
     def add(self, logits: Tensor, labels: Tensor, loss: Tensor) -> None:
         """logits [B, classes], labels [B], loss the mean over the B clips."""

@@ -1,5 +1,6 @@
 """The folder of one run: configuration, metrics, checkpoints, TensorBoard, lists of files left out."""
 
+import contextlib
 import json
 import os
 import platform
@@ -10,15 +11,18 @@ from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from utils.errors import UserError
+from utils.files import write_atomically
 
 _PACKAGES = ("torch", "torchvision", "triton", "spikingjelly", "av", "numpy")
 
 
 class RunFolder:
-    """Creates `path`. A folder that holds a run already is only opened to resume it or with `overwrite`."""
+    """Creates `path`. A folder that holds a run already is only opened to continue that very run, or with
+    `overwrite`; what it holds is then replaced by `begin`, once all else has been found in order."""
 
     def __init__(self, path: Path, resuming: bool, overwrite: bool):
         self.path = path
@@ -36,15 +40,30 @@ class RunFolder:
         for leftover in path.glob(".*.tmp"):  # of a run that was killed while it wrote
             leftover.unlink(missing_ok=True)
         earlier = [file for file in (self.last, self.best, self._metrics) if file.exists()]
-        if earlier and not resuming:
-            if not overwrite:
-                raise UserError(
-                    f"--run-dir {path}: holds a run already ({earlier[0].name}); continue it with --resume auto, "
-                    "replace it with --overwrite, or name another folder"
-                )
-            for file in [*earlier, *path.glob("events.out.tfevents.*")]:
-                file.unlink()
+        if earlier and not resuming and not overwrite:
+            raise UserError(
+                f"--run-dir {path}: holds a run already ({earlier[0].name}); continue it with --resume auto, "
+                "replace it with --overwrite, or name another folder"
+            )
+        self._replace = not resuming
         self._tensorboard = None
+        self._first_epoch = 0
+
+    def begin(self, epoch: int) -> None:
+        """Make room for a run that starts with `epoch`: remove an earlier run, or the metrics of epochs
+        that a resumed run is about to run again."""
+        self._first_epoch = epoch
+        if self._replace:
+            events = list(self.path.glob("events.out.tfevents.*"))
+            for file in [self.last, self.best, self._metrics, self.path / "test.json", *events]:
+                file.unlink(missing_ok=True)
+        elif self._metrics.exists():
+            lines = [line for line in self._metrics.read_text().splitlines() if _epoch_of(line) < epoch]
+            self._write("metrics.jsonl", "".join(f"{line}\n" for line in lines))
+
+    def has_events(self) -> bool:
+        """Whether TensorBoard was written to already, in this start or an earlier one."""
+        return any(self.path.glob("events.out.tfevents.*"))
 
     def write_config(self, flags: dict, **more) -> None:
         """config.json: every flag, the versions it ran with and the commit it ran from."""
@@ -58,26 +77,23 @@ class RunFolder:
         self._write("config.json", json.dumps(config, indent=2, default=str) + "\n")
 
     def write_list(self, name: str, lines: Sequence[str]) -> Path:
-        """A text file of one item a line, such as the videos left out."""
-        self._write(name, "".join(f"{line}\n" for line in lines))
+        """A text file of one item a line, such as the videos left out; no file where there are none."""
+        if lines:
+            self._write(name, "".join(f"{line}\n" for line in lines))
+        else:
+            (self.path / name).unlink(missing_ok=True)
         return self.path / name
 
     def write_result(self, result: dict) -> None:
         """test.json: the test set's score of the selected epoch."""
         self._write("test.json", json.dumps(result, indent=2) + "\n")
 
-    def keep_epochs(self, epochs: int) -> None:
-        """Drop the metrics of epochs that a resumed run is about to run again."""
-        if not self._metrics.exists():
-            return
-        lines = []
-        for line in self._metrics.read_text().splitlines():
-            try:
-                if json.loads(line)["epoch"] < epochs:
-                    lines.append(line)
-            except (ValueError, KeyError):  # a line cut off when the run was killed
-                continue
-        self._write("metrics.jsonl", "".join(f"{line}\n" for line in lines))
+    def add_picture(self, name: str, picture: Tensor) -> None:
+        """picture [3, H, W] in [0, 1], to TensorBoard."""
+        try:
+            self.tensorboard.add_image(name, picture)
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be written ({error.strerror})") from error
 
     def add_metrics(self, metrics: dict) -> None:
         """A line of metrics.jsonl, and the same numbers to TensorBoard at step `metrics["epoch"]`."""
@@ -98,16 +114,17 @@ class RunFolder:
     def tensorboard(self) -> SummaryWriter:
         if self._tensorboard is None:
             threading.excepthook = _leave_disk_errors_to_the_main_thread
-            self._tensorboard = SummaryWriter(str(self.path))
+            self._tensorboard = SummaryWriter(str(self.path), purge_step=self._first_epoch)
         return self._tensorboard
 
     def close(self) -> None:
         if self._tensorboard is not None:
-            self._tensorboard.close()
+            with contextlib.suppress(OSError):  # all that matters is written; a full disk is no news here
+                self._tensorboard.close()
 
     def _write(self, name: str, text: str) -> None:
         try:
-            (self.path / name).write_text(text, errors="surrogateescape")
+            write_atomically(self.path / name, text.encode(errors="surrogateescape"))
         except OSError as error:
             raise UserError(f"{self.path / name}: cannot be written ({error.strerror})") from error
 
@@ -116,6 +133,13 @@ def _leave_disk_errors_to_the_main_thread(details: threading.ExceptHookArgs) -> 
     # TensorBoard's writing thread prints its traceback and hands the error to the next call as well.
     if not issubclass(details.exc_type, OSError):
         threading.__excepthook__(details)
+
+
+def _epoch_of(line: str) -> float:
+    try:
+        return json.loads(line)["epoch"]
+    except (ValueError, KeyError):  # a line cut off when the run was killed
+        return float("inf")
 
 
 def _versions() -> dict[str, str | None]:

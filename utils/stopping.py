@@ -1,6 +1,8 @@
 """Ctrl-C and SIGTERM ask a run to stop: it finishes the step, saves and leaves."""
 
+import os
 import signal
+import sys
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -38,4 +40,5 @@ class StopRequest:
         if self.name is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.name = signal.Signals(number).name
-        print(f"\n{self.name}: finishing the step in hand, then saving", flush=True)
+        # Not print: the signal may have come in the middle of one.
+        os.write(sys.stdout.fileno(), f"\n{self.name}: finishing the step in hand, then saving\n".encode())
