@@ -1,6 +1,6 @@
 """A generated data set: eight classes of motion that no single frame tells.
 
-Four textured shapes, brighter than their textured ground, move left, right, up or down, turn clockwise
+Six textured shapes, brighter than their textured ground, move left, right, up or down, turn clockwise
 or counter-clockwise, grow or shrink. Everything else is drawn independently of the class, and so
 that it stays so in every frame: places lie on a torus, where a uniform place stays uniform under any
 motion; angles likewise on a circle; the logarithm of the size on an interval whose ends are joined,
@@ -41,7 +41,7 @@ class DemoSettings:
     test_videos_per_class: int = 24
     frames: int = 16
     side_pixels: int = 80
-    shapes: int = 4
+    shapes: int = 6
     seed: int = 0
     version: int = 1  # of the drawing code below
 
@@ -110,7 +110,7 @@ def write_video(path: Path, frames: numpy.ndarray, fps: int = 30) -> None:
             container.mux(packet)
 
 
-_LOG_SIZE = math.log(0.10), math.log(0.22)  # half the length of a shape, as a share of the frame's side
+_LOG_SIZE = math.log(0.08), math.log(0.19)  # half the length of a shape, as a share of the frame's side
 _FLATTENED = 0.3  # width of a shape by its length: what is long shows which way it turns
 
 
@@ -125,7 +125,7 @@ def draw_video(name: str, generator: numpy.random.Generator, settings: DemoSetti
             "angle": generator.uniform(0, 2 * math.pi),
             "log_size": generator.uniform(*_LOG_SIZE),
             "speed": generator.uniform(0.02, 0.035),  # of the side, a frame
-            "turn": generator.uniform(0.16, 0.24),  # radians a frame
+            "turn": generator.uniform(0.22, 0.32),  # radians a frame
             "growth": generator.uniform(0.05, 0.08),  # of the logarithm, a frame
             "corners": int(generator.integers(3, 6)),
             "texture": _texture(generator, 24, cells=6, low=150, high=255),
