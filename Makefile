@@ -14,7 +14,7 @@ READY := $(VENV)/.ready
 CLIPS ?= ../shared/clips
 
 DEMO := --dset demo --weights none --downsample -T 8 --stride 4 --size 64 -b 16 -lr 0.05 \
-	--clip-norm 1 --warmup-epochs 1 --epochs 5
+	--clip-norm 1 --warmup-epochs 1 --epochs 6
 
 .PHONY: setup demo demo-ann test test-gpu lint bench clean
 

@@ -37,7 +37,7 @@ CLASSES = (
 class DemoSettings:
     """Everything that shapes the generated files."""
 
-    train_videos_per_class: int = 128
+    train_videos_per_class: int = 120
     test_videos_per_class: int = 24
     frames: int = 16
     side_pixels: int = 80

@@ -6,61 +6,62 @@ from torch import Tensor, nn
 
 from utils.errors import UserError
 
-# Applied in order to a published name; the result is this project's.
+# Applied in order to this project's name; the result is the published one.
 _RENAMES = [
-    (r"^ann_layer0\.0\.", "ann.stem.0."),
-    (r"^ann_layer0\.1\.", "ann.stem.1."),
-    (r"^ann_layer([1-4])\.", lambda m: f"ann.stages.{int(m[1]) - 1}."),
-    (r"^snn_backbone\.conv1\.", "snn.stem.conv."),
-    (r"^snn_backbone\.bn1\.", "snn.stem.bn."),
-    (r"^snn_backbone\.layer([1-4])\.", lambda m: f"snn.stages.{int(m[1]) - 1}."),
-    (r"\.shortcut\.1\.", ".shortcut_conv."),
-    (r"\.shortcut\.2\.", ".shortcut_bn."),
-    (r"^snn_backbone\.fusion([1-4])\.", lambda m: f"fusions.{int(m[1]) - 1}."),
-    (r"\.transformer_blocks\.0\.", "."),
-    (r"\.attn1\.", ".attend_self."),
-    (r"\.attn2\.", ".attend_ann."),
-    (r"\.to_out\.0\.", ".to_out."),
-    (r"\.ff\.net\.0\.proj\.", ".feed_forward.proj_in."),
-    (r"\.ff\.net\.2\.", ".feed_forward.proj_out."),
-    (r"\.norm1\.", ".norm_self."),
-    (r"\.norm2\.", ".norm_cross."),
-    (r"\.norm3\.", ".norm_feed_forward."),
-    (r"^fc\.", "head."),
+    (r"^head\.", "fc."),
+    (r"^ann\.stem\.", "ann_layer0."),
+    (r"^ann\.stages\.(\d)", lambda m: f"ann_layer{int(m[1]) + 1}"),
+    (r"^snn\.stem\.conv\.", "snn_backbone.conv1."),
+    (r"^snn\.stem\.bn\.", "snn_backbone.bn1."),
+    (r"^snn\.stages\.(\d)", lambda m: f"snn_backbone.layer{int(m[1]) + 1}"),
+    (r"\.shortcut_conv\.", ".shortcut.1."),
+    (r"\.shortcut_bn\.", ".shortcut.2."),
+    (r"^fusions\.(\d)\.(proj_in|proj_out|norm)\.", lambda m: f"snn_backbone.fusion{int(m[1]) + 1}.{m[2]}."),
+    (r"^fusions\.(\d)\.", lambda m: f"snn_backbone.fusion{int(m[1]) + 1}.transformer_blocks.0."),
+    (r"\.attend_self\.", ".attn1."),
+    (r"\.attend_ann\.", ".attn2."),
+    (r"\.to_out\.", ".to_out.0."),
+    (r"\.feed_forward\.proj_in\.", ".ff.net.0.proj."),
+    (r"\.feed_forward\.proj_out\.", ".ff.net.2."),
+    (r"\.norm_self\.", ".norm1."),
+    (r"\.norm_cross\.", ".norm2."),
+    (r"\.norm_feed_forward\.", ".norm3."),
 ]
 _POINTWISE = re.compile(r"^fusions\.\d\.proj_(in|out)\.weight$")  # 1x1 convolutions there, linear layers here
+_UNUSED_WITHOUT_DOWNSAMPLE = "snn_backbone.fusion1."  # both published variants have it, one never calls it
 
 
-def published_to_own_name(name: str) -> str:
-    """This project's name of a published parameter or buffer; a name it does not know comes back changed
-    or not, and is then found nowhere in the model."""
-    for pattern, replacement in _RENAMES:
-        name = re.sub(pattern, replacement, name)
-    return name
+def published_names(model: nn.Module) -> dict[str, str]:
+    """Published name -> this project's, for every parameter and buffer of a `ReSpike`."""
+    names = {}
+    for own in model.state_dict():
+        published = own
+        for pattern, replacement in _RENAMES:
+            published = re.sub(pattern, replacement, published)
+        names[published] = own
+    return names
 
 
 def rename_published_state_dict(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """A published state dict under this project's names, checked against `model`'s own.
 
-    Raises UserError naming what is missing, unknown or of another shape.
+    Raises UserError naming, as published, what is missing, unknown or of another shape.
     """
-    own = model.state_dict()
+    own_names, own = published_names(model), model.state_dict()
     renamed, unknown, misshapen = {}, [], []
     for published, value in state_dict.items():
-        if published.startswith("module."):  # saved from DataParallel
-            published = published.removeprefix("module.")
-        name = published_to_own_name(published)
-        if name.startswith("fusions.0.") and not model.downsample:
+        published = published.removeprefix("module.")  # saved from DataParallel
+        if published not in own_names:
+            if model.downsample or not published.startswith(_UNUSED_WITHOUT_DOWNSAMPLE):
+                unknown.append(published)
             continue
-        if name not in own:
-            unknown.append(published)
-            continue
+        name = own_names[published]
         if _POINTWISE.match(name) and value.dim() == 4:
             value = value.flatten(1)
         if value.shape != own[name].shape:
             misshapen.append(f"{published} is {list(value.shape)} where {list(own[name].shape)} is wanted")
         renamed[name] = value
-    missing = sorted(set(own) - set(renamed))
+    missing = [published for published, name in own_names.items() if name not in renamed]
     problems = [
         f"{len(items)} {what}, the first: {items[0]}"
         for what, items in (("unknown names", unknown), ("missing tensors", missing), ("misshapen tensors", misshapen))
