@@ -438,3 +438,14 @@ def test_non_finite_loss_names_videos_and_saves(monkeypatch, capfd, flags):
     assert status == 2 and err.count("\n") == 1
     assert re.search(r"epoch \d+, batch \d+: the loss became (nan|inf); videos of that batch: .*\.avi", err), err
     assert (Path(flags["--run-dir"]) / "nonfinite.pt").is_file()
+
+
+def test_compiling_without_a_compiler_is_one_line(monkeypatch, capfd, flags, tmp_path):
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, "/nowhere/g++"))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
+    small = {"--branches": "ann", "--epochs": "1", "--no-amp": None, "--compile": None}
+    status, _, err = run_here(monkeypatch, capfd, flags | small)
+    assert status == 2 and re.search(r"^error: --compile failed \(.*\); is a C\+\+ compiler installed\?", err, re.M), (
+        err
+    )
+    assert "Traceback" not in err

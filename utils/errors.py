@@ -68,6 +68,12 @@ def run_script(main: Callable[[], int | None]) -> NoReturn:
             file=sys.stderr,
         )
         status = 2
+    except Exception as error:
+        if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            raise  # a fault of this code, not of its user: the traceback says where
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        print(f"error: --compile failed ({reason}); is a C++ compiler installed? Run without it", file=sys.stderr)
+        status = 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         status = 130
