@@ -37,6 +37,18 @@ def tiny_demo(tmp_path_factory) -> tuple[Path, Path]:
     return generate_demo(tmp_path_factory.mktemp("tiny_demo"), settings, workers=2)
 
 
+@pytest.fixture
+def flags(tiny_demo, tmp_path):
+    """A run of a tiny network on 24 tiny videos."""
+    data_root, annotation_path = tiny_demo
+    return {
+        "--dset": "hmdb51", "--data-root": str(data_root), "--annotation-path": str(annotation_path),
+        "--weights": "none", "--branches": "snn", "-T": "4", "--stride": "2", "--size": "32", "-b": "5", "-j": "0",
+        "--epochs": "2", "-lr": "0.002", "--index-dir": str(tmp_path / "index"), "--run-dir": str(tmp_path / "run"),
+        "--seed": "3",
+    }  # fmt: skip
+
+
 @pytest.fixture(autouse=True)
 def fixed_seed():
     torch.manual_seed(0)

@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from dataset.residual import key_residual_split
+from tests.script import command_line, metrics
 from tests.test_engine import make_loader
 from tests.test_golden import CASES, GOLDEN, TOLERANCE, build, golden_input
-from tests.test_train_fusion import command_line, metrics
 from utils.device import choose_precision
 from utils.engine import to_device
 
