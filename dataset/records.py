@@ -52,7 +52,7 @@ def read_hmdb51(data_root: str | Path, annotation_path: str | Path, split: int) 
     classes = [file.name.removesuffix(suffix) for file in lists]
     listed = []  # (class/file, label, part)
     for label, (name, file) in enumerate(zip(classes, lists, strict=True)):
-        for number, line in _lines(file):
+        for number, line in read_lines(file):
             fields = line.rsplit(maxsplit=1)
             if len(fields) != 2 or fields[1] not in ("0", "1", "2"):
                 raise UserError(f"{file}:{number}: expected `video 0|1|2`, found `{line}`")
@@ -76,7 +76,7 @@ def read_ucf101(data_root: str | Path, annotation_path: str | Path, split: int) 
     annotation_path = _folder(annotation_path, "--annotation-path", "classInd.txt, trainlist0n.txt and testlist0n.txt")
     class_file = annotation_path / "classInd.txt"
     numbered = []
-    for number, line in _lines(class_file):
+    for number, line in read_lines(class_file):
         fields = line.split(maxsplit=1)
         if len(fields) != 2 or not fields[0].isdigit():
             raise UserError(f"{class_file}:{number}: expected `index class`, found `{line}`")
@@ -86,7 +86,7 @@ def read_ucf101(data_root: str | Path, annotation_path: str | Path, split: int) 
     listed = []
     for part in ("train", "test"):
         list_file = annotation_path / f"{part}list{split:02d}.txt"
-        for number, line in _lines(list_file):
+        for number, line in read_lines(list_file):
             # Only the training list carries an index behind the path; the class is the folder's name.
             name = re.sub(r"\s+\d+$", "", line)
             video_class = name.split("/", 1)[0]
@@ -142,7 +142,7 @@ def _folder(path: str | Path, flag: str, expected: str) -> Path:
     return path
 
 
-def _lines(file: Path) -> Iterable[tuple[int, str]]:
+def read_lines(file: Path) -> Iterable[tuple[int, str]]:
     try:
         text = file.read_text(encoding="utf-8-sig", errors="surrogateescape")
     except OSError as error:

@@ -1,157 +1,133 @@
-"""Records into clips and clips into batches.
+"""Clips out of videos, and clips into batches.
 
 A clip is a function of (seed, epoch, index) alone: not of the worker that makes it, their number or
 what was drawn before. That is what makes a resumed run see what an undisturbed one would have.
 """
 
-import os
 import random
-import zlib
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+import time
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import numpy
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from dataset.decode import decode_frames
-from dataset.index import VideoInfo
-from dataset.records import VideoRecord
-from dataset.sampling import clip_span_frames, every_start, random_start, spread_starts, window
+from dataset.decode import VideoError, decode_frames
+from dataset.table import DRAWN, GONE, VideoTable
 from utils.stopping import leave_signals_to_the_main_process
 
+# A file that cannot be read now may be readable again after a network drive's hiccup.
+RETRY_SECONDS = (1.0, 5.0)
 
-class ClipChoice(NamedTuple):
-    video: int  # index into the records
-    start: int | None  # first frame; None: drawn anew each epoch
+
+class FailedVideo(NamedTuple):
+    video: int  # index into the table; GONE where it was known to be gone
+    error: str  # one line
 
 
 class VideoBatch(NamedTuple):
-    clips: Tensor  # uint8 [B, T, 3, H, W]
+    clips: Tensor  # uint8 [B, T, 3, H, W]; B may be smaller than asked for, even 0
     labels: Tensor  # int64 [B]
-    videos: Tensor  # int64 [B], index into the data set's records
-
-
-def random_clips(records: Sequence[VideoRecord]) -> list[ClipChoice]:
-    """One clip a video with a random window: each video counts once an epoch."""
-    return [ClipChoice(video, None) for video in range(len(records))]
-
-
-def every_clip(infos: Sequence[VideoInfo], clip_frames: int, frame_stride: int, step_frames: int) -> list[ClipChoice]:
-    """Every window of every video, `step_frames` apart: long videos count more, as published."""
-    return [
-        ClipChoice(video, start)
-        for video, info in enumerate(infos)
-        for start in every_start(info.frames, clip_frames, frame_stride, step_frames)
-    ]
-
-
-def spread_clips(infos: Sequence[VideoInfo], clip_frames: int, frame_stride: int, views: int) -> list[ClipChoice]:
-    """`views` windows a video, evenly spread; one is the centred window."""
-    return [
-        ClipChoice(video, start)
-        for video, info in enumerate(infos)
-        for start in spread_starts(info.frames, clip_frames, frame_stride, views)
-    ]
-
-
-def count_looped(infos: Sequence[VideoInfo], clip_frames: int, frame_stride: int) -> int:
-    """Videos shorter than a clip's span, which are looped."""
-    return sum(info.frames < clip_span_frames(clip_frames, frame_stride) for info in infos)
+    videos: Tensor  # int64 [B], index into the data set's table
+    failed: Sequence[FailedVideo]  # what would have been in this batch, could it have been read
 
 
 class VideoDataset(Dataset):
-    """Clips of `clip_frames` frames. Item (epoch, index) -> (uint8 [T, 3, H, W], label, video index).
+    """Clips of videos. Item (epoch, index) -> (uint8 [T, 3, H, W], label, video), or a `FailedVideo`.
 
-    A file that can no longer be decoded raises VideoError.
+    clips: int64 [clips, 3] (`dataset.table`). transforms: one for each crop a clip may name. A file that
+    cannot be decoded is tried again after RETRY_SECONDS, then becomes a `FailedVideo`, or, under
+    `strict`, raises VideoError.
     """
 
     def __init__(
         self,
-        records: Sequence[VideoRecord],
-        infos: Sequence[VideoInfo],
-        clips: Sequence[ClipChoice],
-        clip_frames: int,
-        frame_stride: int,
-        transform,
+        videos: VideoTable,
+        clips: numpy.ndarray,
+        sampling,
+        transforms: Sequence[Callable[[Tensor], Tensor]],
         seed: int,
+        strict: bool = False,
     ):
-        self.records = records
+        self.videos = videos
         self.clips = clips
-        self._infos = infos
-        self._clip_frames = clip_frames
-        self._frame_stride = frame_stride
-        self._transform = transform
+        self._sampling = sampling
+        self._transforms = transforms
         self._seed = seed
+        self._strict = strict
+        self._given_up: set[int] = set()  # videos that are not worth the wait again
+        self._latest: tuple[tuple[int, int], numpy.ndarray] | None = None
 
     def __len__(self) -> int:
         return len(self.clips)
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int, int]:
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int, int] | FailedVideo:
         epoch, index = key
+        video, place, crop = self.clips[index].tolist()
+        if video == GONE:
+            return FailedVideo(GONE, "")
         generator = random.Random(f"{self._seed}/{epoch}/{index}")
-        video, start = self.clips[index]
-        record, info = self.records[video], self._infos[video]
-        if start is None:
-            start = random_start(info.frames, self._clip_frames, self._frame_stride, generator)
-        indices = window(start, info.frames, self._clip_frames, self._frame_stride)
-        frames = decode_frames(record.path, indices, info.seek_points)  # uint8 [T, H, W, 3]
-        clip = torch.from_numpy(frames).permute(0, 3, 1, 2)  # [T, 3, H, W]
+        frames = int(self.videos.frames[video])
+        try:
+            if place == DRAWN:
+                decoded = self._decode(video, self._sampling.random(frames, generator))
+            else:
+                decoded = self._decode_fixed(video, place, frames)
+        except VideoError as error:
+            if self._strict:
+                raise
+            return FailedVideo(video, str(error))
+        clip = torch.from_numpy(decoded).permute(0, 3, 1, 2)  # [T, 3, H, W]
         # torchvision's transforms draw from the global generator; nobody else's state may move.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(generator.getrandbits(63))
-            clip = self._transform(clip)
-        return clip, record.label, video
+            clip = self._transforms[crop](clip)
+        return clip, int(self.videos.labels[video]), video
+
+    def _decode_fixed(self, video: int, place: int, frames: int) -> numpy.ndarray:
+        # Several crops of one view stand together: it is decoded once for all of them.
+        if len(self._transforms) == 1:
+            return self._decode(video, self._sampling.at(frames, place))
+        if self._latest is None or self._latest[0] != (video, place):
+            self._latest = (video, place), self._decode(video, self._sampling.at(frames, place))
+        return self._latest[1]
+
+    def _decode(self, video: int, indices: list[int]) -> numpy.ndarray:
+        """uint8 [T, H, W, 3]"""
+        path, seek_points = self.videos.path(video), self.videos.seek_points(video)
+        waits = () if video in self._given_up else RETRY_SECONDS
+        for seconds in waits:
+            try:
+                return decode_frames(path, indices, seek_points)
+            except VideoError:
+                time.sleep(seconds)
+        try:
+            return decode_frames(path, indices, seek_points)
+        except VideoError:
+            self._given_up.add(video)
+            raise
 
 
-class EpochSampler(Sampler):
-    """Yields (epoch, index), in an order that is a function of (seed, epoch), from position `start` on.
-
-    `set_epoch` chooses both for the next pass. Unshuffled: 0, 1, 2, ...
-    """
-
-    def __init__(self, length: int, shuffle: bool, seed: int):
-        self._length, self._shuffle, self._seed = length, shuffle, seed
-        self._epoch = self._start = 0
-
-    def set_epoch(self, epoch: int, start: int = 0) -> None:
-        self._epoch, self._start = epoch, start
-
-    def __len__(self) -> int:
-        return max(0, self._length - self._start)
-
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        order = list(range(self._length))
-        if self._shuffle:
-            random.Random(f"order/{self._seed}/{self._epoch}").shuffle(order)
-        return iter([(self._epoch, index) for index in order[self._start :]])
-
-
-def fingerprint(loader: DataLoader) -> str:
-    """A short name of the clips a loader goes through and their order before shuffling; the folder the
-    videos are in does not count."""
-    dataset = loader.dataset
-    names = ["/".join(Path(dataset.records[clip.video].path).parts[-2:]) + f"@{clip.start}" for clip in dataset.clips]
-    return f"{len(names)} clips, {zlib.crc32(os.fsencode(chr(10).join(names))):08x}"
-
-
-def collate(samples: list[tuple[Tensor, int, int]]) -> VideoBatch:
+def collate(samples: list[tuple[Tensor, int, int] | FailedVideo]) -> VideoBatch:
+    failed = [sample for sample in samples if isinstance(sample, FailedVideo)]
+    samples = [sample for sample in samples if not isinstance(sample, FailedVideo)]
+    if not samples:
+        none = torch.zeros(0, dtype=torch.int64)
+        return VideoBatch(torch.zeros(0, 1, 3, 1, 1, dtype=torch.uint8), none, none.clone(), failed)
     clips, labels, videos = zip(*samples, strict=True)
     # Stacked as they were decoded, colour last, and only seen as [B, T, 3, H, W]: no transposed copy
     # on the way to the device, where the network wants it channels-last again.
     stacked = torch.stack([clip.permute(0, 2, 3, 1) for clip in clips])  # [B, T, H, W, 3]
-    return VideoBatch(stacked.permute(0, 1, 4, 2, 3), torch.tensor(labels), torch.tensor(videos))
+    return VideoBatch(stacked.permute(0, 1, 4, 2, 3), torch.tensor(labels), torch.tensor(videos), failed)
 
 
-def make_loader(
-    dataset: VideoDataset, batch_size: int, workers: int, shuffle: bool, seed: int, pin: bool
-) -> DataLoader:
-    """A loader whose `sampler` is an `EpochSampler`; `pin` for copies to a GPU beside computation."""
+def make_loader(dataset: VideoDataset, batches: Sampler, workers: int, pin: bool) -> DataLoader:
+    """batches: of `dataset.order`. `pin` for copies to a GPU beside computation."""
     return DataLoader(
         dataset,
-        batch_size=batch_size,
-        sampler=EpochSampler(len(dataset), shuffle, seed),
+        batch_sampler=batches,
         num_workers=workers,
         collate_fn=collate,
         pin_memory=pin,

@@ -2,126 +2,195 @@ import numpy
 import pytest
 import torch
 
+import dataset.video
 from dataset.decode import VideoError, decode_frames
-from dataset.index import VideoInfo, probe
+from dataset.index import probe
+from dataset.order import TestBatches as EvaluationBatches
+from dataset.order import TrainBatches
 from dataset.records import read_hmdb51
-from dataset.transforms import test_transform as centre_transform
+from dataset.sampling import SegmentSampling, WindowSampling
+from dataset.table import GONE, VideoTable, drawn_clips, fixed_clips
+from dataset.transforms import test_transforms as crops_for_testing
 from dataset.transforms import train_transform
-from dataset.video import EpochSampler, VideoDataset, count_looped, every_clip, make_loader, random_clips, spread_clips
+from dataset.video import FailedVideo, VideoDataset, collate, make_loader
+
+WINDOW = WindowSampling(8)
 
 
 @pytest.fixture(scope="module")
-def videos(tiny_demo):
+def videos(tiny_demo) -> VideoTable:
     records = read_hmdb51(*tiny_demo, split=1).train
-    return records, [probe(record.path) for record in records]
+    return VideoTable(records, [probe(record.path) for record in records])
 
 
-def make_dataset(videos, seed=0, frames=8, size=32, train=True):
-    records, infos = videos
-    clips = random_clips(records) if train else spread_clips(infos, frames, 1, 1)
-    transform = train_transform(size, flip=True) if train else centre_transform(size)
-    return VideoDataset(records, infos, clips, frames, 1, transform, seed)
+@pytest.fixture(autouse=True)
+def no_waiting(monkeypatch):
+    monkeypatch.setattr(dataset.video, "RETRY_SECONDS", (0.0, 0.0))
 
 
-def epoch_of(loader, epoch, start=0):
-    loader.sampler.set_epoch(epoch, start)
-    return list(loader)
+def training(videos, seed=0, sampling=WINDOW, **more):
+    return VideoDataset(videos, drawn_clips(videos), sampling, [train_transform(32, flip=True)], seed, **more)
+
+
+def held_out(videos, sampling=WINDOW, size=40, crops=1):
+    transforms = crops_for_testing(size, size, crops)
+    return VideoDataset(videos, fixed_clips(videos, sampling, crops), sampling, transforms, 0)
+
+
+def batches_of(videos, workers, epochs=(2, 3), batch_size=5):
+    data = training(videos)
+    loader = make_loader(data, TrainBatches(len(data), batch_size, seed=0), workers, pin=False)
+    batches = []
+    for epoch in epochs:
+        loader.batch_sampler.set_position(epoch)
+        batches += list(loader)
+    return batches
 
 
 def test_items(videos):
-    dataset = make_dataset(videos)
-    clip, label, video = dataset[0, 5]
+    clip, label, video = training(videos)[0, 5]
     assert clip.shape == (8, 3, 32, 32) and clip.dtype == torch.uint8
-    assert label == videos[0][5].label and video == 5
+    assert label == videos.labels[5] and video == 5
 
 
 def test_test_clip_is_the_centred_window(videos):
-    clip, _, _ = make_dataset(videos, train=False, size=40)[0, 3]
-    want = decode_frames(videos[0][3].path, range(1, 9))
+    clip, _, _ = held_out(videos)[0, 3]
+    want = decode_frames(videos.path(3), range(1, 9))
     assert torch.equal(clip.permute(0, 2, 3, 1), torch.from_numpy(want))  # 40 pixels in, 40 out: untouched
 
 
+def test_test_clip_of_segments_is_the_middle_of_each(videos):
+    clip, _, _ = held_out(videos, SegmentSampling(5))[0, 3]
+    want = decode_frames(videos.path(3), [1, 3, 5, 7, 9])
+    assert torch.equal(clip.permute(0, 2, 3, 1), torch.from_numpy(want))
+
+
+def test_crops_of_a_view_are_decoded_once(videos, monkeypatch):
+    decoded = []
+    original = dataset.video.decode_frames
+    monkeypatch.setattr(
+        dataset.video, "decode_frames", lambda path, *more: decoded.append(path) or original(path, *more)
+    )
+    data = held_out(videos, SegmentSampling(4, views=2), crops=3)
+    clips = [data[0, number][0] for number in range(12)]  # two videos, two views, three crops
+    assert decoded == [videos.path(0)] * 2 + [videos.path(1)] * 2
+    one_crop = held_out(videos, SegmentSampling(4, views=2))
+    assert torch.equal(clips[4], one_crop[0, 1][0]) and torch.equal(clips[10], one_crop[0, 3][0])
+
+
 def test_batches_do_not_depend_on_the_number_of_workers(videos):
-    results = []
-    for workers in (0, 1, 3):
-        loader = make_loader(make_dataset(videos), 5, workers, shuffle=True, seed=0, pin=False)
-        results.append(epoch_of(loader, 2) + epoch_of(loader, 3))
+    results = [batches_of(videos, workers) for workers in (0, 1, 3)]
     for other in results[1:]:
         assert len(other) == len(results[0])
         for a, b in zip(results[0], other, strict=True):
-            assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+            assert all(torch.equal(x, y) for x, y in zip(a[:3], b[:3], strict=True))
 
 
 def test_epochs_and_seeds_differ(videos):
-    dataset, other_seed = make_dataset(videos), make_dataset(videos, seed=1)
-    assert torch.equal(dataset[0, 1][0], dataset[0, 1][0])
-    assert not torch.equal(dataset[0, 1][0], dataset[1, 1][0])
-    assert not torch.equal(dataset[0, 1][0], other_seed[0, 1][0])
-    orders = {tuple(EpochSampler.__iter__(sampler(epoch))) for epoch in range(3)}
-    assert len({tuple(index for _, index in order) for order in orders}) == 3
-
-
-def sampler(epoch, start=0):
-    sampler = EpochSampler(20, shuffle=True, seed=7)
-    sampler.set_epoch(epoch, start)
-    return sampler
-
-
-def test_sampler_goes_on_where_it_was():
-    assert list(sampler(4, 13)) == list(sampler(4))[13:] and len(sampler(4, 13)) == 7
-    assert sorted(index for _, index in sampler(4)) == list(range(20))
+    data, other_seed = training(videos), training(videos, seed=1)
+    assert torch.equal(data[0, 1][0], data[0, 1][0])
+    assert not torch.equal(data[0, 1][0], data[1, 1][0])
+    assert not torch.equal(data[0, 1][0], other_seed[0, 1][0])
 
 
 def test_loading_leaves_the_global_generator_alone(videos):
     state = torch.get_rng_state()
-    make_dataset(videos)[0, 0]
+    training(videos)[0, 0]
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_one_crop_and_one_flip_for_the_whole_clip():
-    """Identical frames stay identical: whatever is drawn is drawn once."""
-    frame = torch.randint(0, 256, (1, 3, 40, 60), dtype=torch.uint8)
-    for _ in range(5):
-        clip = train_transform(32, flip=True)(frame.expand(6, 3, 40, 60))
-        assert clip.shape == (6, 3, 32, 32) and all(torch.equal(clip[0], other) for other in clip)
+def test_a_static_video_has_no_residuals(tmp_path):
+    """The published code normalised Kinetics clips along the wrong axis: its residuals were not zero."""
+    import av
+
+    from dataset.records import VideoRecord
+    from dataset.residual import key_residual_split
+    from dataset.transforms import multi_scale_transform
+
+    path = str(tmp_path / "static.mkv")
+    frame = numpy.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=numpy.uint8)
+    with av.open(path, "w") as container:
+        stream = container.add_stream("ffv1", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "bgr0"
+        for _ in range(20):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode(None))
+    table = VideoTable([VideoRecord(path, 0, "")], [probe(path)])
+    sampling = SegmentSampling(8)
+    data = VideoDataset(table, drawn_clips(table), sampling, [multi_scale_transform(32, flip=True)], 0)
+    for epoch in range(5):
+        _, residual = key_residual_split(data[epoch, 0][0][None], stride=4)
+        assert torch.count_nonzero(residual) == 0
 
 
-def test_flip_follows_the_data_set():
-    frame = torch.arange(64, dtype=torch.uint8).expand(1, 3, 64, 64)
-    unflipped = [train_transform(64, flip=False, crop_area=(1.0, 1.0))(frame) for _ in range(20)]
-    assert all(clip[0, 0, 0, 0] < clip[0, 0, 0, -1] for clip in unflipped)
-    flipped = [train_transform(64, flip=True, crop_area=(1.0, 1.0))(frame) for _ in range(20)]
-    assert {bool(clip[0, 0, 0, 0] < clip[0, 0, 0, -1]) for clip in flipped} == {True, False}
+# ---- videos that break ------------------------------------------------------------------------------
 
 
-def test_centre_transform_keeps_the_middle():
-    clip = torch.zeros(2, 3, 32, 64, dtype=torch.uint8)
-    clip[..., 16:48] = 200
-    assert torch.equal(centre_transform(32)(clip), torch.full((2, 3, 32, 32), 200, dtype=torch.uint8))
+@pytest.fixture
+def breakable(tiny_demo, tmp_path) -> VideoTable:
+    import shutil
+
+    root = shutil.copytree(tiny_demo[0], tmp_path / "videos")
+    records = read_hmdb51(root, tiny_demo[1], split=1).train
+    return VideoTable(records, [probe(record.path) for record in records])
 
 
-def test_clip_choices():
-    infos = [VideoInfo(frames=48), VideoInfo(frames=10)]
-    assert [tuple(clip) for clip in every_clip(infos, 16, 1, 16)] == [(0, 0), (0, 16), (0, 32), (1, 0)]
-    assert [tuple(clip) for clip in spread_clips(infos, 16, 1, 2)] == [(0, 0), (0, 32), (1, 0), (1, 0)]
-    assert [tuple(clip) for clip in random_clips([object(), object()])] == [(0, None), (1, None)]
-    assert count_looped(infos, 16, 1) == 1 and count_looped(infos, 16, 4) == 2
+def test_a_video_that_breaks_later_is_named_and_left_out(breakable):
+    from pathlib import Path
+
+    Path(breakable.path(2)).unlink()
+    data = training(breakable)
+    failed = data[0, 2]
+    assert isinstance(failed, FailedVideo) and failed.video == 2
+    assert failed.error == f"{breakable.path(2)}: no such file (only local video files are opened)"
+    batch = collate([data[0, 1], failed, data[0, 3]])
+    assert batch.videos.tolist() == [1, 3] and batch.failed == [failed]
+    assert len(collate([failed]).labels) == 0 and collate([failed]).clips.shape[0] == 0
+    with pytest.raises(VideoError, match="no such file"):
+        training(breakable, strict=True)[0, 2]
 
 
-def test_a_video_that_breaks_later_is_named(videos, tmp_path):
-    records, infos = videos
-    path = tmp_path / "gone.avi"
-    record = records[0].__class__(str(path), 0, "g")
-    dataset = VideoDataset([record], infos[:1], random_clips([record]), 8, 1, centre_transform(32), 0)
-    with pytest.raises(VideoError, match=r"gone\.avi: no such file"):
-        dataset[0, 0]
+def test_a_hiccup_is_retried(videos, monkeypatch):
+    calls = []
+    original = dataset.video.decode_frames
+
+    def hiccup(*arguments):
+        calls.append(arguments)
+        if len(calls) <= 2:
+            raise VideoError("x.avi: Input/output error")
+        return original(*arguments)
+
+    want = training(videos)[0, 0][0]
+    monkeypatch.setattr(dataset.video, "decode_frames", hiccup)
+    assert torch.equal(training(videos)[0, 0][0], want) and len(calls) == 3
+
+
+def test_what_was_given_up_is_not_waited_for_again(videos, monkeypatch):
+    calls = []
+
+    def broken(*arguments):
+        calls.append(arguments)
+        raise VideoError("x.avi: Input/output error")
+
+    monkeypatch.setattr(dataset.video, "decode_frames", broken)
+    data = training(videos)
+    assert isinstance(data[0, 0], FailedVideo) and len(calls) == 3
+    assert isinstance(data[1, 0], FailedVideo) and len(calls) == 4
+    assert isinstance(data[1, 1], FailedVideo) and len(calls) == 7
+
+
+def test_places_of_videos_that_are_gone_stay_empty(videos):
+    clips = drawn_clips(videos)
+    clips[4, 0] = GONE
+    data = VideoDataset(videos, clips, WINDOW, [train_transform(32, flip=True)], 0)
+    assert data[0, 4] == FailedVideo(GONE, "")
+    assert torch.equal(data[0, 5][0], training(videos)[0, 5][0])  # the others are what they were
 
 
 def test_batch_is_uint8_and_labels_match(videos):
-    loader = make_loader(make_dataset(videos), 7, 0, shuffle=False, seed=0, pin=False)
-    batches = epoch_of(loader, 0)
+    data = held_out(videos, size=32)
+    batches = list(make_loader(data, EvaluationBatches(data.clips, 7), workers=0, pin=False))
     assert [len(batch.labels) for batch in batches] == [7, 7, 7, 3]
     assert batches[0].clips.shape == (7, 8, 3, 32, 32) and batches[0].clips.dtype == torch.uint8
-    labels = numpy.array([record.label for record in videos[0]])
     for batch in batches:
-        assert batch.labels.tolist() == labels[batch.videos].tolist()
+        assert batch.labels.tolist() == videos.labels[batch.videos].tolist()

@@ -1,0 +1,215 @@
+"""Data sets that come as list files: Kinetics-400 in the forms it is handed around in, and anyone's own.
+
+A list is a text file of lines `path label` or `path frames label` (MMAction's; the paths may hold
+spaces, the frames are not used: the index knows), or the official Kinetics csv with the columns label,
+youtube_id, time_start, time_end. Labels count from 0; the csv's are names.
+"""
+
+import csv
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from dataset.records import VIDEO_SUFFIXES, Split, VideoRecord, read_lines
+from utils.errors import UserError
+
+_USUAL_SUFFIXES = (".mp4", ".mkv", ".webm", ".avi")
+_LINES_COMPARED_WITH_THE_DISK = 200
+
+
+@dataclass(frozen=True)
+class VideoList:
+    flag: str  # for messages: "train" stands for --train-list and --train-root
+    file: Path
+    root: Path
+
+
+@dataclass(frozen=True)
+class _Entry:
+    line: int
+    names: tuple[str, ...]  # paths below the root that the video may have, the usual one first
+    label: int | str
+    group: str
+
+
+def read_lists(
+    train: VideoList, test: VideoList, label_map: Path | None = None, num_classes: int | None = None
+) -> Split:
+    """The videos of two lists that are on disk.
+
+    A path without an extension, or with one under which there is no file, takes that of the file of
+    this name that is there. Classes are the lines of `label_map`; without one, `num_classes` numbers;
+    without either, as many as the largest label needs, or the csv's names in alphabetical order. Raises
+    UserError naming file and line of what is malformed.
+    """
+    entries = {part: _read_list(part) for part in (train, test)}
+    labels = [entry.label for listed in entries.values() for entry in listed]
+    classes = _classes(labels, label_map, num_classes)
+    numbers = {name: number for number, name in enumerate(classes)}
+    records: dict[VideoList, list[VideoRecord]] = {}
+    missing = []
+    for part, listed in entries.items():
+        records[part] = []
+        files = _Files(part.root)
+        for entry in listed:
+            label = _number(entry, part, classes, numbers, label_map, num_classes)
+            path = files.find(entry.names)
+            if path is None:
+                missing.append(os.path.join(part.root, entry.names[0]))
+            else:
+                records[part].append(VideoRecord(path, label, entry.group))
+        if not records[part]:
+            raise UserError(
+                f"--{part.flag}-list {part.file}: none of its {len(listed)} videos is under --{part.flag}-root "
+                f"{part.root}; expected such as {listed[0].names[0]}"
+            )
+        if files.other_suffix:
+            print(f"data: {files.other_suffix} videos of {part.file} are on disk with another extension than listed")
+    both = {record.path for record in records[train]} & {record.path for record in records[test]}
+    if both:
+        print(f"note: {len(both)} videos are both trained and tested on, the first: {min(both)}")
+    return Split(classes, records[train], records[test], missing, unlisted=[])
+
+
+def read_label_map(file: Path) -> list[str]:
+    """Class names, one a line, in the order of their labels."""
+    names = [line for _, line in read_lines(file)]
+    if not names:
+        raise UserError(f"--label-map {file}: expected a class name a line, found none")
+    return names
+
+
+def _read_list(part: VideoList) -> list[_Entry]:
+    if not part.file.is_file():
+        raise UserError(
+            f"--{part.flag}-list {part.file}: no such file; expected lines `path label` or `path frames label`, "
+            "or the official csv"
+        )
+    if not part.root.is_dir():
+        raise UserError(f"--{part.flag}-root {part.root}: no such folder; expected the videos of {part.file}")
+    lines = list(read_lines(part.file))
+    if not lines:
+        raise UserError(f"--{part.flag}-list {part.file}: names no video")
+    if "youtube_id" in lines[0][1].split(","):
+        return list(_csv_entries(part, lines))
+    return _text_entries(part, lines)
+
+
+def _csv_entries(part: VideoList, lines: list[tuple[int, str]]) -> Iterator[_Entry]:
+    columns = next(csv.reader([lines[0][1]]))
+    for wanted in ("label", "youtube_id", "time_start", "time_end"):
+        if wanted not in columns:
+            raise UserError(f"{part.file}:{lines[0][0]}: expected a column {wanted}, found {', '.join(columns)}")
+    for (number, line), values in zip(lines[1:], csv.reader([line for _, line in lines[1:]]), strict=True):
+        row = dict(zip(columns, values, strict=False))
+        try:
+            start, end = int(float(row["time_start"])), int(float(row["time_end"]))
+            label, video = row["label"], row["youtube_id"]
+        except (KeyError, ValueError) as error:
+            raise UserError(f"{part.file}:{number}: expected {','.join(columns)}, found `{line}`") from error
+        # The usual download scripts name a file for its cut, or for the video alone, in a folder a class or in one.
+        folders = (label, label.replace(" ", "_"), "")
+        stems = (f"{video}_{start:06d}_{end:06d}", video)
+        yield _Entry(number, tuple(os.path.join(f, s) for s in stems for f in folders), label, video)
+
+
+def _text_entries(part: VideoList, lines: list[tuple[int, str]]) -> list[_Entry]:
+    separator = None  # any white space
+    if not any(_ends_in_integers(line, 1, None) for _, line in lines):
+        separator = ","
+    for number, line in lines:
+        if not _ends_in_integers(line, 1, separator):
+            raise UserError(
+                f"{part.file}:{number}: expected `path label` or `path frames label`, the label from 0, found `{line}`"
+            )
+    with_frames = all(_ends_in_integers(line, 2, separator) for _, line in lines)
+    if with_frames and separator is None:
+        with_frames = not _names_end_in_integers(part, [line for _, line in lines])
+    entries = []
+    for number, line in lines:
+        name, *_, label = line.rsplit(separator, 2 if with_frames else 1)
+        name = name.strip()
+        entries.append(_Entry(number, (name,), int(label), os.path.splitext(os.path.basename(name))[0]))
+    return entries
+
+
+def _ends_in_integers(line: str, count: int, separator: str | None) -> bool:
+    fields = line.rsplit(separator, count)
+    return len(fields) == count + 1 and all(field.strip().isdecimal() for field in fields[1:])
+
+
+def _names_end_in_integers(part: VideoList, lines: list[str]) -> bool:
+    """Whether `my video 12 5` is the video `my video 12` with label 5: where more such files are there."""
+    files = _Files(part.root)
+    sample = lines[:_LINES_COMPARED_WITH_THE_DISK]
+    found = [sum(files.find((line.rsplit(None, fields)[0],)) is not None for line in sample) for fields in (1, 2)]
+    return found[0] > found[1]
+
+
+def _classes(labels: list[int | str], label_map: Path | None, num_classes: int | None) -> list[str]:
+    if label_map is not None:
+        classes = read_label_map(label_map)
+        if num_classes not in (None, len(classes)):
+            raise UserError(f"--num-classes {num_classes}: --label-map {label_map} has {len(classes)} classes")
+        return classes
+    names = sorted({label for label in labels if isinstance(label, str)})
+    if names:
+        if len(names) < len(set(labels)):
+            raise UserError(
+                "--train-list and --val-list: one names its classes, the other numbers them; give --label-map"
+            )
+        if num_classes not in (None, len(names)):
+            raise UserError(f"--num-classes {num_classes}: the lists name {len(names)} classes; give --label-map")
+        return names
+    return [str(number) for number in range(num_classes or max(labels) + 1)]
+
+
+def _number(entry: _Entry, part: VideoList, classes, numbers, label_map: Path | None, num_classes: int | None) -> int:
+    label = entry.label
+    if isinstance(label, str):
+        label = numbers.get(label, numbers.get(label.replace(" ", "_")))
+        if label is None:
+            raise UserError(f"{part.file}:{entry.line}: class `{entry.label}` is not in --label-map {label_map}")
+    elif label >= len(classes):
+        source = f"--label-map {label_map}" if label_map is not None else f"--num-classes {num_classes}"
+        raise UserError(
+            f"{part.file}:{entry.line}: label {label}, but {source} gives {len(classes)} classes, counted from 0"
+        )
+    return label
+
+
+class _Files:
+    """What is below a folder. Each folder is listed once: cheaper than asking for each of 240,000 files."""
+
+    def __init__(self, root: Path):
+        self._root = str(root)
+        self._listings: dict[str, set[str]] = {}
+        self.other_suffix = 0  # files found under another extension than they were listed with
+
+    def find(self, names: tuple[str, ...]) -> str | None:
+        """The path of the first of `names` that is there, with its own extension or another."""
+        for name in names:
+            path = os.path.join(self._root, name)
+            folder, file = os.path.split(path)
+            if folder not in self._listings:
+                self._listings[folder] = _listing(folder)
+            there = self._listings[folder]
+            if file in there:
+                return path
+            stem, suffix = os.path.splitext(file)
+            if suffix.lower() not in VIDEO_SUFFIXES:
+                stem, suffix = file, ""
+            for other in _USUAL_SUFFIXES:
+                if stem + other in there:
+                    self.other_suffix += suffix != ""
+                    return os.path.join(folder, stem + other)
+        return None
+
+
+def _listing(folder: str) -> set[str]:
+    try:
+        with os.scandir(folder) as entries:
+            return {entry.name for entry in entries if os.path.splitext(entry.name)[1].lower() in VIDEO_SUFFIXES}
+    except OSError:
+        return set()
