@@ -12,28 +12,33 @@ from argparse import BooleanOptionalAction
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy
 import torch
 from torch.utils.data import DataLoader
 
 from dataset.demo import DemoSettings, generate_demo
 from dataset.index import VideoIndex
-from dataset.records import Split, VideoRecord, cut_validation, drop, read_hmdb51, read_ucf101
+from dataset.order import TestBatches, TrainBatches
+from dataset.records import Split, cut_validation, drop, read_hmdb51, read_ucf101
 from dataset.report import report_files
-from dataset.residual import check_stride
-from dataset.transforms import test_transform, train_transform
-from dataset.video import VideoDataset, count_looped, every_clip, fingerprint, make_loader, random_clips, spread_clips
+from dataset.sampling import WindowSampling
+from dataset.table import VideoTable, clip_names, count_short, drawn_clips, every_clip, fingerprint, fixed_clips
+from dataset.transforms import test_transforms, train_transform
+from dataset.video import VideoDataset, make_loader
 from models import ReSpike
 from models.resnet import BACKBONES
-from models.respike import BRANCHES, FUSIONS, SIZE_MULTIPLE
+from models.respike import BRANCHES, FUSIONS
 from models.spiking_resnet import BATCH_NORMS
-from utils.checkpoint import load_checkpoint
+from models.sync_batch_norm import synchronise_batch_norm
+from utils.checkpoint import find_checkpoint, load_checkpoint
 from utils.device import choose_device, choose_precision, cpu_count, device_name
-from utils.engine import TrainPosition, cosine_with_warmup, evaluate
+from utils.distributed import Processes, join_processes, local_processes
+from utils.engine import TrainPosition, cosine_with_warmup
 from utils.errors import ArgumentParser, UserError, run_script
-from utils.fit import TrainingState, fit
+from utils.fit import TrainingState, fit, in_checkpoint_order, score
+from utils.flags import check_flags
 from utils.run_folder import RunFolder
 from utils.seed import seed_all
-from utils.stopping import StopRequest
 
 # ---------------------------------------------------------------------------------------------------
 # Where the data sets are; --data-root and --annotation-path override.
@@ -47,13 +52,14 @@ MOMENTUM = 0.9
 # Flags that may differ between a run and its continuation without a word.
 NOT_TRAINING_FLAGS = {
     "resume", "run_dir", "overwrite", "workers", "index_dir", "weights", "device", "data_root", "annotation_path",
+    "checkpoint_minutes", "keep", "test_only",
 }  # fmt: skip
 
 
 def parse_args() -> argparse.Namespace:
     parser = ArgumentParser(description="Train ReSpike on HMDB-51, UCF-101 or generated demo videos.")
     yes_no = BooleanOptionalAction
-    cores = cpu_count()
+    cores = max(1, cpu_count() // local_processes())
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
 
     # fmt: off
@@ -71,8 +77,9 @@ def parse_args() -> argparse.Namespace:
         help="training clips a video and epoch: a random window, or every window 16 frames apart (as published)")
     add("--views", type=int, default=1, metavar="N", help="test windows a video, evenly spread; 1 is the centred one")
     add("--size", type=int, default=224, metavar="PIXELS", help="height and width; a multiple of 32")
-    add("-j", "--workers", type=int, default=min(8, cores), metavar="N", help="data loading processes; 0: none beside")
-    add("--strict", action=yes_no, default=False, help="fail where a video cannot be read, not leave it out")
+    add("-j", "--workers", type=int, default=min(8, cores), metavar="N",
+        help="data loading processes for each training process; 0: none beside")
+    add("--strict", action=yes_no, default=False, help="stop where a video cannot be read, not leave it out")
     add("--index-dir", default=os.path.join(cache, "respike"), help="folder of the cached video index")
 
     add = parser.add_argument_group("network").add_argument
@@ -89,7 +96,7 @@ def parse_args() -> argparse.Namespace:
     add("--epochs", type=int, default=100, metavar="N", help="epochs in all")
     add("--start_epoch", "--start-epoch", type=int, default=0, metavar="N",
         help="epoch to count from, for the learning rate; a resumed run knows its own")
-    add("-b", "--batch_size", "--batch-size", type=int, default=64, metavar="N", help="clips a batch")
+    add("-b", "--batch_size", "--batch-size", type=int, default=64, metavar="N", help="clips a batch and process")
     add("-lr", "--learning_rate", "--learning-rate", type=float, default=0.01, metavar="LR", help="its peak")
     add("--weight_decay", "--weight-decay", type=float, default=1e-4, metavar="W", help="weight decay")
     add("--warmup-epochs", type=int, default=0, metavar="N", help="epochs of linear warm-up before the cosine")
@@ -99,17 +106,23 @@ def parse_args() -> argparse.Namespace:
     add("--seed", type=int, default=1001, help="seed of everything random")
     add("--amp", action=yes_no, default=True,
         help="mixed precision: bf16 where the hardware has it, fp16 on older GPUs; --no-amp is fp32")
+    add("--sync-bn", action=yes_no, default=False, help="batch norm statistics over the clips of all processes")
     add("--compile", action=yes_no, default=False, help="torch.compile the network")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cuda:1 or cpu")
 
     add = parser.add_argument_group("run folder").add_argument
     add("--run-dir", "--output-dir", help="folder of this run; the default is named for what it trains, in runs/")
-    add("--resume", metavar="auto|PATH", help="continue from a checkpoint; auto: the run folder's last, if any")
+    add("--resume", metavar="auto|PATH", help="continue from a checkpoint; auto: the run folder's newest, if any")
+    add("--checkpoint-minutes", type=float, default=15.0, metavar="M", help="between checkpoints in mid-epoch; 0: none")
+    add("--keep", type=int, default=2, metavar="N", help="newest checkpoints kept: last.pt, last-1.pt, ...")
+    add("--test-only", action=yes_no, default=False, help="no training: test the checkpoint, write test.json")
     add("--overwrite", action=yes_no, default=False, help="replace the run that the folder holds")
     # fmt: on
 
     args = parser.parse_args()
-    check_args(args)
+    check_flags(args)
+    if args.dset == "demo" and args.annotation_path is not None:
+        raise UserError("--annotation-path: the demo makes its own split files, under --data-root")
     if args.run_dir is None:
         variant = "downsample" if args.downsample else "full"
         args.run_dir = (
@@ -119,50 +132,36 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-def check_args(args: argparse.Namespace) -> None:
-    """Raise UserError for the first flag whose value cannot work."""
-    check_stride(args.time, args.stride)
-    if args.size < SIZE_MULTIPLE or args.size % SIZE_MULTIPLE:
-        nearest = max(1, round(args.size / SIZE_MULTIPLE)) * SIZE_MULTIPLE
-        raise UserError(f"--size must be a multiple of {SIZE_MULTIPLE}, got {args.size}; the nearest is {nearest}")
-    least = {"frame_stride": 1, "views": 1, "workers": 0, "epochs": 1, "start_epoch": 0, "batch_size": 1,
-             "warmup_epochs": 0, "accumulate": 1, "learning_rate": 0, "weight_decay": 0}  # fmt: skip
-    for flag, low in least.items():
-        if not getattr(args, flag) >= low:
-            raise UserError(f"--{flag.replace('_', '-')} must be at least {low}, got {getattr(args, flag)}")
-    for flag in ("val_fraction", "label_smoothing"):
-        if not 0 <= getattr(args, flag) < 1:
-            raise UserError(f"--{flag.replace('_', '-')} must be at least 0 and below 1, got {getattr(args, flag)}")
-    if args.clip_norm is not None and not args.clip_norm > 0:
-        raise UserError(f"--clip-norm must be positive, got {args.clip_norm}")
-    if args.start_epoch >= args.epochs:
-        raise UserError(f"--start_epoch {args.start_epoch} leaves none of --epochs {args.epochs} to train")
-    if not 0 <= args.seed < 2**63:
-        raise UserError(f"--seed must be at least 0 and below 2^63, got {args.seed}")
-    if args.dset == "demo" and args.annotation_path is not None:
-        raise UserError("--annotation-path: the demo makes its own split files, under --data-root")
-    if args.resume and args.start_epoch:
-        raise UserError("--start_epoch: a resumed run continues at its checkpoint's epoch; give one of the two")
-
-
 def main() -> int:
     args = parse_args()
     device = choose_device(args.device)
+    processes = join_processes(device)
     precision = choose_precision(device, args.amp)
     seed_all(args.seed)
-    run = RunFolder(Path(args.run_dir), continues_run(args), args.overwrite)
+    run = processes.from_main(lambda: RunFolder(Path(args.run_dir), continues_run(args), args.overwrite))
     print(f"run folder: {run.path}; {device_name(device)}, {str(precision or torch.float32).removeprefix('torch.')}")
+    resumed = processes.from_main(lambda: find_checkpoint(args.resume, run.path))
 
-    data = load_data(args, run, pin=device.type == "cuda")
-    state = build(args, run, data, device)
-    run.write_config(vars(args), network=state.settings, device=device_name(device), precision=str(precision))
+    data = load_data(args, run, processes, resumed, pin=device.type == "cuda")
+    state = processes.together(lambda: build(args, run, data, device, processes, resumed))
+    resumed = None  # as large as the network and its optimizer
+    passes = dict(device=device, precision=precision, stride=args.stride, processes=processes)
+    if args.test_only:
+        score(
+            state.model, data.test_loader, len(data.classes), run, **passes, epoch=state.position.epoch, **data.protocol
+        )
+        return 0
+    config = dict(
+        network=state.settings, device=device_name(device), precision=str(precision), processes=processes.count
+    )
+    processes.from_main(lambda: run.write_config(vars(args), **config))
 
-    passes = dict(device=device, precision=precision, stride=args.stride)
     finished = fit(
         state, data.train_loader, data.selection_loader, run, **passes, epochs=args.epochs,
         learning_rate=lambda epoch: args.learning_rate * cosine_with_warmup(epoch, args.epochs, args.warmup_epochs),
         classes=len(data.classes), selected_on=data.selected_on, label_smoothing=args.label_smoothing,
         accumulation_steps=args.accumulate, clip_norm=args.clip_norm,
+        checkpoint_minutes=args.checkpoint_minutes, keep=args.keep,
     )  # fmt: skip
     if finished and state.best["epoch"] is None:
         print(f"no epoch was left to train: the checkpoint is at epoch {state.position.epoch} of {args.epochs}")
@@ -172,19 +171,10 @@ def main() -> int:
             "the test set itself, so optimistic; --val-fraction selects without it"
         )
     elif finished:
-        state.model.load_state_dict(load_checkpoint(run.best)["model"])
-        with StopRequest() as stop:
-            scored = evaluate(
-                state.model, data.test_loader, len(data.classes), **passes, task="test", should_stop=stop.requested
-            )
-        if scored is None:
-            print(f"stopped by {stop.name} in the test; --resume auto tests again")
-            return 0
-        run.write_result({"epoch": state.best["epoch"], **scored})
-        print(
-            f"test of epoch {state.best['epoch'] + 1}, selected on validation videos: clip top-1 "
-            f"{scored['clip_top1']:.2f} %, video top-1 {scored['video_top1']:.2f} %, top-5 {scored['video_top5']:.2f} %"
-        )
+        state.model.load_state_dict(processes.from_main(lambda: load_checkpoint(run.best)["model"]))
+        epoch = state.best["epoch"] + 1
+        print(f"best epoch, selected on validation videos: {epoch}")
+        score(state.model, data.test_loader, len(data.classes), run, **passes, epoch=epoch, **data.protocol)
     run.close()
     return 0
 
@@ -196,16 +186,60 @@ def main() -> int:
 class Data:
     classes: list[str]
     train_loader: DataLoader
+    clip_names: numpy.ndarray  # of the training clips, in the order that an epoch shuffles
     selection_loader: DataLoader  # what the best epoch is chosen on: "val" or "test"
+    selection: str
     selected_on: str
     test_loader: DataLoader
+    protocol: dict  # how a test figure came about
 
 
-def load_data(args: argparse.Namespace, run: RunFolder, pin: bool) -> Data:
+def load_data(args: argparse.Namespace, run: RunFolder, processes: Processes, resumed, pin: bool) -> Data:
+    classes, train, val, test = processes.from_main(lambda: find_videos(args, run))
+    sampling = WindowSampling(args.time, args.frame_stride, args.views)
+    dataset = dict(sampling=sampling, seed=args.seed, strict=args.strict)
+    share = dict(rank=processes.rank, processes=processes.count)
+
+    def testing(videos: VideoTable) -> tuple[DataLoader, str]:
+        clips = fixed_clips(videos, sampling)
+        transforms = test_transforms(args.size, short_side=args.size)
+        batches = TestBatches(clips, args.batch_size, **share)
+        loader = make_loader(VideoDataset(videos, clips, transforms=transforms, **dataset), batches, args.workers, pin)
+        return loader, fingerprint(videos, clips)
+
+    clips = every_clip(train, sampling, PUBLISHED_CLIP_STEP) if args.clips_per_video == "all" else drawn_clips(train)
+    names = clip_names(train, clips)
+    if resumed is not None:
+        clips, names = in_checkpoint_order(train, clips, *resumed)
+    if len(clips) < processes.count:
+        raise UserError(f"{len(clips)} training clips cannot be shared out to {processes.count} processes; start fewer")
+    transforms = [train_transform(args.size, FLIP[args.dset], CROP_AREA[args.dset])]
+    batches = TrainBatches(len(clips), args.batch_size, args.seed, **share)
+    train_loader = make_loader(VideoDataset(train, clips, transforms=transforms, **dataset), batches, args.workers, pin)
+    test_loader, selection = testing(test)
+    selection_loader = test_loader
+    if len(val):
+        selection_loader, selection = testing(val)
+    short = sum(count_short(videos, sampling) for videos in (train, val, test))
+    print(
+        f"data: training on {len(clips)} clips of {len(train)} videos; "
+        f"{f'{len(val)} to validate, ' if len(val) else ''}{len(test)} to test, {args.views} clips each; "
+        f"{short} are shorter than a clip and looped"
+    )
+    print(
+        f"an optimizer step: {processes.count} x {args.accumulate} x {args.batch_size} clips (processes, batches, -b)"
+    )
+    return Data(
+        classes, train_loader, names, selection_loader, selection, "val" if len(val) else "test", test_loader,
+        protocol=dict(clip=f"{args.time} frames, every {args.frame_stride}.", views=args.views, crops=1),
+    )  # fmt: skip
+
+
+def find_videos(args: argparse.Namespace, run: RunFolder) -> tuple[list[str], VideoTable, VideoTable, VideoTable]:
+    """(classes, videos to train, to validate, to test on), read by one process for all."""
     split = read_split(args)
     index = VideoIndex(Path(args.index_dir) / f"{args.dset}.json")
-    paths = [record.path for record in split.train + split.test]
-    infos = index.lookup(paths, workers=cpu_count())
+    infos = index.lookup([record.path for record in split.train + split.test], workers=cpu_count())
     report_files(run, split, infos, args.strict)
     split = drop(split, [path for path, info in infos.items() if info.error])
     if not split.train or not split.test:
@@ -213,33 +247,8 @@ def load_data(args: argparse.Namespace, run: RunFolder, pin: bool) -> Data:
     train, val = split.train, []
     if args.val_fraction > 0:
         train, val = cut_validation(split.train, args.val_fraction, args.seed)
-
-    clip_shape = dict(clip_frames=args.time, frame_stride=args.frame_stride)
-    loading = dict(batch_size=args.batch_size, workers=args.workers, seed=args.seed, pin=pin)
-
-    def testing(records: list[VideoRecord]) -> DataLoader:
-        found = [infos[record.path] for record in records]
-        clips = spread_clips(found, **clip_shape, views=args.views)
-        transform = test_transform(args.size)
-        dataset = VideoDataset(records, found, clips, **clip_shape, transform=transform, seed=args.seed)
-        return make_loader(dataset, shuffle=False, **loading)
-
-    found = [infos[record.path] for record in train]
-    clips = random_clips(train)
-    if args.clips_per_video == "all":
-        clips = every_clip(found, **clip_shape, step_frames=PUBLISHED_CLIP_STEP)
-    transform = train_transform(args.size, FLIP[args.dset], CROP_AREA[args.dset])
-    dataset = VideoDataset(train, found, clips, **clip_shape, transform=transform, seed=args.seed)
-    looped = count_looped([infos[record.path] for record in split.train + split.test], **clip_shape)
-    print(
-        f"data: training on {len(clips)} clips of {len(train)} videos; {f'{len(val)} to validate, ' if val else ''}"
-        f"{len(split.test)} to test, {args.views} clips each; {looped} are shorter than a clip and looped"
-    )
-    test_loader = testing(split.test)
-    return Data(
-        split.classes, make_loader(dataset, shuffle=True, **loading), testing(val) if val else test_loader,
-        "val" if val else "test", test_loader,
-    )  # fmt: skip
+    tables = [VideoTable(part, [infos[record.path] for record in part]) for part in (train, val, split.test)]
+    return split.classes, *tables
 
 
 def read_split(args: argparse.Namespace) -> Split:
@@ -254,53 +263,41 @@ def read_split(args: argparse.Namespace) -> Split:
 # ---- network, optimizer, and where an earlier run left them ------------------------------------------
 
 
-def build(args: argparse.Namespace, run: RunFolder, data: Data, device: torch.device) -> TrainingState:
+def build(
+    args: argparse.Namespace, run: RunFolder, data: Data, device: torch.device, processes: Processes, resumed
+) -> TrainingState:
     network = dict(
         backbone=args.model, num_classes=len(data.classes), stride=args.stride, downsample=args.downsample,
         branches=args.branches, fusion=args.fusion, snn_batch_norm=args.snn_bn,
     )  # fmt: skip
-    checkpoint = find_checkpoint(args.resume, run)
-    model = ReSpike(**network, weights=args.weights if checkpoint is None else None)
+    # The other processes take the main one's weights (Processes.replicate).
+    model = ReSpike(**network, weights=args.weights if resumed is None and processes.is_main else None)
+    if args.sync_bn:
+        synchronise_batch_norm(model)
     model = model.to(device, memory_format=torch.channels_last)
     print(f"network: {sum(p.numel() for p in model.parameters()):,} parameters, {len(data.classes)} classes")
     optimizer = torch.optim.SGD(
-        model.parameters(), lr=args.learning_rate, momentum=MOMENTUM, weight_decay=args.weight_decay,
-        fused=True,
-    )  # fmt: skip
+        model.parameters(), lr=args.learning_rate, momentum=MOMENTUM, weight_decay=args.weight_decay, fused=True
+    )
     # float16 needs its gradients scaled; --amp gives it on GPUs that have no bfloat16.
     scaler = torch.amp.GradScaler(device.type, enabled=choose_precision(device, args.amp) == torch.float16)
-    settings = {**network, "classes": data.classes, "T": args.time}
-    order = {
-        "set of training clips": fingerprint(data.train_loader), "batch size": args.batch_size, "seed": args.seed,
-        "number of batches a step": args.accumulate,
-    }  # fmt: skip
     state = TrainingState(
-        model, optimizer, scaler, settings, order, selection=fingerprint(data.selection_loader), flags=vars(args),
+        model, optimizer, scaler, settings={**network, "classes": data.classes, "T": args.time},
+        clips=data.clip_names, selection=data.selection, flags={**vars(args), "processes": processes.count},
         position=TrainPosition(args.start_epoch),
     )  # fmt: skip
-    if checkpoint is not None:
-        state.restore(checkpoint, run, NOT_TRAINING_FLAGS)
+    if resumed is not None:
+        state.restore(*resumed, run, NOT_TRAINING_FLAGS)
     if args.compile:
         model.compile()
     return state
 
 
 def continues_run(args: argparse.Namespace) -> bool:
-    """Whether the run folder's own run goes on: --resume auto, or one of its checkpoints."""
+    """Whether the run folder's own run goes on: --resume auto, or one of its checkpoints; or is only tested."""
     return args.resume is not None and (
-        args.resume == "auto" or Path(args.resume).resolve().parent == Path(args.run_dir).resolve()
+        args.test_only or args.resume == "auto" or Path(args.resume).resolve().parent == Path(args.run_dir).resolve()
     )
-
-
-def find_checkpoint(resume: str | None, run: RunFolder) -> Path | None:
-    if resume is None:
-        return None
-    if resume != "auto":
-        return Path(resume)
-    if not run.last.exists():
-        print(f"--resume auto: no checkpoint in {run.path}; starting anew")
-        return None
-    return run.last
 
 
 if __name__ == "__main__":

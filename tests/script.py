@@ -1,13 +1,19 @@
-"""Running train_fusion.py in a test."""
+"""Running the training scripts in a test."""
 
 import json
+import os
 import re
+import socket
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+import torch
 
 import train_fusion
+from utils.checkpoint import load_checkpoint
 from utils.errors import run_script
 
 ROOT = Path(__file__).parents[1]
@@ -17,17 +23,17 @@ def command_line(flags: dict) -> list[str]:
     return [word for flag, value in flags.items() for word in ((flag,) if value is None else (flag, str(value)))]
 
 
-def run_here(monkeypatch, capfd, flags: dict) -> tuple[int, str, str]:
-    """(exit status, stdout, stderr) of the script, run in this process."""
-    monkeypatch.setattr(sys, "argv", ["train_fusion.py", *command_line(flags)])
+def run_here(monkeypatch, capfd, flags: dict, script=train_fusion) -> tuple[int, str, str]:
+    """(exit status, stdout, stderr) of a script, run in this process."""
+    monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *command_line(flags)])
     with pytest.raises(SystemExit) as left:
-        run_script(train_fusion.main)
+        run_script(script.main)
     out, err = capfd.readouterr()
     return left.value.code or 0, out, err
 
 
-def refused(monkeypatch, capfd, flags: dict, message: str) -> None:
-    status, _, err = run_here(monkeypatch, capfd, flags)
+def refused(monkeypatch, capfd, flags: dict, message: str, script=train_fusion) -> None:
+    status, _, err = run_here(monkeypatch, capfd, flags, script)
     assert status == 2
     assert err.startswith("error: ") and err.count("\n") == 1, err
     assert re.search(message, err), err
@@ -35,3 +41,46 @@ def refused(monkeypatch, capfd, flags: dict, message: str) -> None:
 
 def metrics(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def start(flags: dict, script: str = "train_fusion.py", processes: int = 1, **more) -> subprocess.Popen:
+    """A script in processes of its own, under torchrun where there are several; stderr goes to stdout."""
+    python = [sys.executable]
+    if processes > 1:
+        python += ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", str(free_port())]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} if processes > 1 else os.environ
+    return subprocess.Popen(
+        [*python, script, *command_line(flags)],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, **more,
+    )  # fmt: skip
+
+
+def free_port() -> int:
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        return listening.getsockname()[1]
+
+
+def finish(process: subprocess.Popen, seconds: float = 300) -> str:
+    """What a process says until it ends, which it must with status 0."""
+    out, _ = process.communicate(timeout=seconds)
+    assert process.returncode == 0 and "Traceback" not in out, out
+    return out
+
+
+def wait_until(condition, process: subprocess.Popen, seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not condition() and process.poll() is None and time.monotonic() < end:
+        time.sleep(0.01)
+
+
+TIMES = {"clips_per_second", "data_wait_share", "peak_memory_bytes"}
+
+
+def comparable(run: Path) -> list[dict]:
+    return [{name: value for name, value in line.items() if name not in TIMES} for line in metrics(run)]
+
+
+def same_weights(run: Path, other: Path) -> bool:
+    a, b = (load_checkpoint(folder / "last.pt")["model"] for folder in (run, other))
+    return all(torch.equal(a[name], b[name]) for name in a) and a.keys() == b.keys()

@@ -4,7 +4,16 @@ import os
 import pytest
 import torch
 
-from utils.checkpoint import check_settings, load_checkpoint, save_checkpoint
+from utils.checkpoint import (
+    FORMAT,
+    DamagedCheckpointError,
+    check_settings,
+    find_checkpoint,
+    kept_checkpoints,
+    load_checkpoint,
+    make_room,
+    save_checkpoint,
+)
 from utils.errors import UserError
 from utils.seed import random_state, seed_all, set_random_state
 
@@ -55,7 +64,7 @@ class Payload:
 
 
 def test_loading_runs_no_code(tmp_path):
-    torch.save({"format": 1, "model_settings": Payload()}, tmp_path / "evil.pt")
+    torch.save({"format": FORMAT, "model_settings": Payload()}, tmp_path / "evil.pt")
     with pytest.raises(UserError):
         load_checkpoint(tmp_path / "evil.pt")
     assert not os.path.exists("/tmp/respike_executed")
@@ -89,3 +98,67 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(tmp_path, monkeypatch, broken
         save(path, 2.0)
     monkeypatch.undo()
     assert path.read_bytes() == before and [file.name for file in tmp_path.iterdir()] == ["last.pt"]
+
+
+# ---- several checkpoints ----------------------------------------------------------------------------
+
+
+def value_of(path) -> float:
+    return load_checkpoint(path)["model"]["w"][0].item()
+
+
+@pytest.mark.parametrize("keep", [1, 2, 4])
+@pytest.mark.parametrize("links", [True, False])
+def test_the_newest_are_kept(tmp_path, monkeypatch, keep, links):
+    if not links:
+        monkeypatch.setattr(os, "link", lambda *args: (_ for _ in ()).throw(OSError(errno.EPERM, "no links here")))
+    for value in range(6):
+        make_room(tmp_path, keep)
+        assert value == 0 or value_of(kept_checkpoints(tmp_path)[0]) == value - 1  # a kill here loses nothing
+        save(tmp_path / "last.pt", float(value))
+    assert [value_of(path) for path in kept_checkpoints(tmp_path)] == [5.0 - number for number in range(keep)]
+    assert len(list(tmp_path.iterdir())) == keep
+
+
+def test_fewer_are_kept_when_asked_for_fewer(tmp_path):
+    for value, keep in enumerate((4, 4, 4, 2)):
+        make_room(tmp_path, keep)
+        save(tmp_path / "last.pt", float(value))
+    assert [path.name for path in kept_checkpoints(tmp_path)] == ["last.pt", "last-1.pt"]
+
+
+def test_a_flipped_bit_is_noticed(tmp_path):
+    path = tmp_path / "last.pt"
+    save(path)
+    content = bytearray(path.read_bytes())
+    position = content.index(torch.full((100,), 1.0).numpy().tobytes()) + 40
+    content[position] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(DamagedCheckpointError, match=r"last\.pt: not a readable checkpoint"):
+        load_checkpoint(path)
+
+
+def test_auto_takes_the_one_before_a_damaged_one(tmp_path, capsys):
+    for value in range(3):
+        make_room(tmp_path, 3)
+        save(tmp_path / "last.pt", float(value))
+    os.truncate(tmp_path / "last.pt", (tmp_path / "last.pt").stat().st_size // 2)
+    path, state = find_checkpoint("auto", tmp_path)
+    assert path.name == "last-1.pt" and state["model"]["w"][0] == 1.0
+    said = capsys.readouterr().out
+    assert "last.pt is damaged" in said and "last.damaged" in said and "going on from last-1.pt" in said
+    # The damaged one takes no whole one's place when the next is written.
+    make_room(tmp_path, 3)
+    save(tmp_path / "last.pt", 9.0)
+    assert [value_of(path) for path in kept_checkpoints(tmp_path)] == [9.0, 1.0, 0.0]
+    assert (tmp_path / "last.damaged").exists()
+
+
+def test_auto_with_nothing_or_nothing_whole(tmp_path, capsys):
+    assert find_checkpoint("auto", tmp_path) is None and "starting anew" in capsys.readouterr().out
+    assert find_checkpoint(None, tmp_path) is None
+    for name in ("last.pt", "last-1.pt"):
+        (tmp_path / name).write_bytes(b"PK nonsense")
+    with pytest.raises(UserError, match=r"last\.pt: not a readable checkpoint"):
+        find_checkpoint("auto", tmp_path)
+    assert (tmp_path / "last.pt").exists()

@@ -3,43 +3,57 @@
 import copy
 import math
 
+import numpy
 import pytest
 import torch
 from torch import nn
 
-from dataset.video import EpochSampler, VideoBatch
+from dataset.order import TestBatches as EvaluationBatches
+from dataset.order import TrainBatches
+from dataset.residual import key_residual_split
+from dataset.video import FailedVideo, collate
+from utils.broken import BrokenVideos
 from utils.device import choose_precision
 from utils.engine import NonFiniteLossError, TrainPosition, cosine_with_warmup, evaluate, train_one_epoch
+from utils.errors import UserError
 
 CPU = torch.device("cpu")
 
 
-class Record:
-    def __init__(self, path):
-        self.path = path
+class Videos:
+    def path(self, video):
+        return f"video{video}.avi"
+
+    def __len__(self):
+        return 19
 
 
 class Clips(torch.utils.data.Dataset):
-    """19 clips of noise whose label shows in their brightness."""
+    """19 clips of noise whose label shows in their brightness; those in `unreadable` fail."""
 
-    def __init__(self, clips=19):
+    def __init__(self, clips=19, unreadable=()):
         generator = torch.Generator().manual_seed(0)
         self.labels = torch.randint(0, 3, (clips,), generator=generator)
         noise = torch.randint(0, 60, (clips, 4, 3, 8, 8), generator=generator)
-        self.clips = (noise + 60 * self.labels[:, None, None, None, None]).to(torch.uint8)
-        self.records = [Record(f"video{number}.avi") for number in range(clips)]
+        self.noise = (noise + 60 * self.labels[:, None, None, None, None]).to(torch.uint8)
+        self.clips = numpy.array([(number, 0, 0) for number in range(clips)])
+        self.videos = Videos()
+        self.unreadable = unreadable
 
     def __len__(self):
         return len(self.labels)
 
     def __getitem__(self, key):
         _, index = key
-        return VideoBatch(self.clips[index], self.labels[index], torch.tensor(index))
+        if index in self.unreadable:
+            return FailedVideo(index, f"video{index}.avi: gone")
+        return self.noise[index], int(self.labels[index]), index
 
 
-def make_loader(batch_size=4, clips=19, shuffle=True):
-    dataset = Clips(clips)
-    return torch.utils.data.DataLoader(dataset, batch_size, sampler=EpochSampler(clips, shuffle, seed=0))
+def make_loader(batch_size=4, clips=19, shuffle=True, unreadable=()):
+    data = Clips(clips, unreadable)
+    batches = TrainBatches(clips, batch_size, seed=0) if shuffle else EvaluationBatches(data.clips, batch_size)
+    return torch.utils.data.DataLoader(data, batch_sampler=batches, collate_fn=collate)
 
 
 class Net(nn.Module):
@@ -77,7 +91,7 @@ def test_training_learns_and_evaluation_agrees():
     assert last["train_loss"] < 0.7 * first["train_loss"]
     scores = evaluate(model, make_loader(7, shuffle=False), 3, device=CPU, precision=None, stride=4, task="test")
     assert scores["clip_top1"] == scores["video_top1"] > 60 and scores["clip_top5"] == 100.0
-    assert scores["videos"] == 19 and math.isfinite(scores["loss"])
+    assert scores["counts"]["videos"] == scores["counts"]["clips"] == 19 and math.isfinite(scores["loss"])
 
 
 def test_training_loss_is_the_mean_over_clips():
@@ -94,10 +108,15 @@ def test_accumulation_equals_the_larger_batch():
     for model, batch, steps in ((accumulated, 4, 2), (whole, 8, 1)):
         train(DoubleInput(model), epochs=2, loader=make_loader(batch, clips=16), accumulation_steps=steps)
     torch.testing.assert_close(accumulated.layer.weight, whole.layer.weight, rtol=1e-9, atol=1e-12)
-    # 12 clips: a step over 8, then one over the 4 that are left, each a mean over what it has.
+    # 19 clips: two steps over 8, then one over the 3 that are left, each a mean over what it has.
     short, explicit = Net().double(), Net().double()
-    train(DoubleInput(short), loader=make_loader(4, clips=12), accumulation_steps=2)
-    train(DoubleInput(explicit), loader=make_loader(8, clips=12))
+    train(DoubleInput(short), loader=make_loader(4, clips=19), accumulation_steps=2)
+    train(DoubleInput(explicit), loader=make_loader(8, clips=19))
+    torch.testing.assert_close(short.layer.weight, explicit.layer.weight, rtol=1e-9, atol=1e-12)
+    # 15: the second batch of the last step has 3 clips where the first has 4; each clip weighs the same.
+    short, explicit = Net().double(), Net().double()
+    train(DoubleInput(short), loader=make_loader(4, clips=15), accumulation_steps=2)
+    train(DoubleInput(explicit), loader=make_loader(8, clips=15))
     torch.testing.assert_close(short.layer.weight, explicit.layer.weight, rtol=1e-9, atol=1e-12)
 
 
@@ -117,7 +136,7 @@ def test_clipping_bounds_the_step():
     assert change.norm().item() == pytest.approx(0.01, rel=1e-3)
 
 
-@pytest.mark.parametrize("stop_after", [1, 2, 4])
+@pytest.mark.parametrize("stop_after", [1, 2, 3, 5])
 @pytest.mark.parametrize("accumulation_steps", [1, 2])
 def test_stopped_and_continued_is_undisturbed(stop_after, accumulation_steps):
     whole, parts = Net(), Net()
@@ -133,7 +152,7 @@ def test_stopped_and_continued_is_undisturbed(stop_after, accumulation_steps):
     passes = dict(device=CPU, precision=None, stride=4, epochs=9, accumulation_steps=accumulation_steps)
     got = train_one_epoch(parts, make_loader(), optimizer, scaler, position=position, should_stop=stop, **passes)
     if got is None:
-        assert 0 < position.batches < 5 and position.batches % accumulation_steps == 0
+        assert position.clips < 19 and position.clips % (4 * accumulation_steps) == 0
         got = train_one_epoch(
             parts, make_loader(), optimizer, scaler, position=TrainPosition(**vars(position)), **passes
         )
@@ -151,9 +170,88 @@ def test_non_finite_loss_names_the_videos_and_takes_no_step():
     assert torch.equal(model.layer.weight, before)
 
 
+def test_saving_between_steps():
+    position, saved = TrainPosition(), []
+    asked = iter([False, True, False, True, False])
+
+    def save():
+        saved.append((position.clips, position.scores[3]))
+
+    train(Net(), position=position, should_save=lambda: next(asked), save=save)
+    assert saved == [(4, 4.0), (12, 12.0)]  # clips done, clips counted
+
+
+# ---- videos that cannot be read ---------------------------------------------------------------------
+
+
+def test_unreadable_videos_are_left_out_of_the_mean_and_told(capfd):
+    """A step over what can be read of its batch; a batch of nothing is no step."""
+    order = [clip for batch in order_of(4) for clip in batch]
+    gone = set(order[4:8]) | {order[0]}  # the second batch whole, and one of the first
+    model = Net()
+    broken = BrokenVideos()
+    position = TrainPosition()
+    train(model, loader=make_loader(unreadable=gone), position=position, broken=broken, lr=0.0)
+    err = capfd.readouterr().err
+    assert position.clips == 19 and position.scores[3] == 14
+    assert err.count("warning: left out: video") == 5
+    assert sorted(broken.take()) == sorted(f"video{clip}.avi: gone" for clip in gone) and broken.take() == []
+    train(model, loader=make_loader(unreadable=gone), broken=broken, lr=0.0)
+    assert capfd.readouterr().err == ""  # each is said once
+
+
+def order_of(batch_size):
+    batches = TrainBatches(19, batch_size, seed=0)
+    return [[clip for _, clip in batch] for batch in batches]
+
+
+def test_a_step_over_a_batch_that_lacks_a_video():
+    """Equal to the step over the others alone."""
+    first = order_of(4)[0]
+    lacking, explicit = Net().double(), Net().double()
+    loader = make_loader(unreadable=first[1:2])
+    stop = iter([False, True])
+    train(DoubleInput(lacking), loader=loader, should_stop=lambda: next(stop))
+    others = [clip for clip in first if clip != first[1]]
+    data = Clips()
+    key, residual = key_residual_split(data.noise[others], 4)
+    loss = nn.functional.cross_entropy(DoubleInput(explicit)(key, residual), data.labels[others])
+    loss.backward()
+    want = explicit.layer.weight - 0.1 * explicit.layer.weight.grad
+    torch.testing.assert_close(lacking.layer.weight, want, rtol=1e-6, atol=1e-7)
+
+
+def test_storage_that_is_gone_stops_the_run():
+    position = TrainPosition()
+    before = Net()
+    model = copy.deepcopy(before)
+    with pytest.raises(UserError, match=r"8 videos one after another cannot be read, the last: video\d+\.avi: gone"):
+        train(model, loader=make_loader(2, unreadable=range(19)), position=position)
+    assert torch.equal(model.layer.weight, before.layer.weight) and position.clips <= 8
+    many = [clip for clip in range(19) if clip % 3]
+    with pytest.raises(UserError, match=r"11 of 19 videos can no longer be read"):
+        train(Net(), loader=make_loader(unreadable=many))
+
+
+def test_evaluation_leaves_unreadable_videos_out():
+    scores = evaluate(
+        Net(), make_loader(shuffle=False, unreadable=(3, 8)), 3, device=CPU, precision=None, stride=4, task="t"
+    )
+    assert scores["counts"]["videos"] == scores["counts"]["clips"] == 17
+
+
 def test_evaluation_can_be_stopped():
     assert (
-        evaluate(Net(), make_loader(), 3, device=CPU, precision=None, stride=4, task="t", should_stop=lambda: True)
+        evaluate(
+            Net(),
+            make_loader(shuffle=False),
+            3,
+            device=CPU,
+            precision=None,
+            stride=4,
+            task="t",
+            should_stop=lambda: True,
+        )
         is None
     )
 

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 
@@ -15,7 +17,7 @@ def test_clip_scores_do_not_depend_on_the_batches():
         scores = ClipScores(CPU)
         for part in torch.arange(23).split(size):
             scores.add(logits[part], labels[part], losses[part].mean())
-        result = scores.result()
+        result = ClipScores.result(scores.sums)
         assert result["top1"] == pytest.approx(100 * (ranks < 1).double().mean().item())
         assert result["top5"] == pytest.approx(100 * (ranks < 5).double().mean().item())
         assert result["loss"] == pytest.approx(losses.mean().item(), rel=1e-6)
@@ -27,15 +29,15 @@ def test_clip_scores_go_on_from_a_state():
     for scores, parts in ((whole, (slice(0, 5), slice(5, 10))), (first, (slice(0, 5),))):
         for part in parts:
             scores.add(logits[part], labels[part], logits[part].mean())
-    second = ClipScores(CPU, first.state())
+    second = ClipScores(CPU, first.sums.tolist())
     second.add(logits[5:], labels[5:], logits[5:].mean())
-    assert second.state() == whole.state()
+    assert torch.equal(second.sums, whole.sums)
 
 
 def test_fewer_than_five_classes():
     scores = ClipScores(CPU)
     scores.add(torch.eye(3), torch.tensor([0, 1, 0]), torch.tensor(0.5))
-    assert scores.result() == {"loss": 0.5, "top1": pytest.approx(200 / 3), "top5": 100.0}
+    assert ClipScores.result(scores.sums) == {"loss": 0.5, "top1": pytest.approx(200 / 3), "top5": 100.0}
 
 
 def test_video_scores_average_the_softmax():
@@ -44,13 +46,29 @@ def test_video_scores_average_the_softmax():
     logits = torch.tensor([[9.0, 0.0], [0.0, 0.5], [0.0, 3.0], [0.0, 0.1]])
     scores.add(logits[:2], torch.tensor([0, 0]), torch.tensor([0, 0]))
     scores.add(logits[2:], torch.tensor([0, 1]), torch.tensor([1, 2]))
-    assert scores.result() == {"top1": pytest.approx(200 / 3), "top5": 100.0, "videos": 3}
+    assert VideoScores.result(scores.sums()) == {"top1": pytest.approx(200 / 3), "top5": 100.0, "videos": 3}
 
 
 def test_videos_without_a_clip_do_not_count():
     scores = VideoScores(5, 2, CPU)
     scores.add(torch.tensor([[1.0, 0.0]]), torch.tensor([0]), torch.tensor([3]))
-    assert scores.result()["top1"] == 100.0 and scores.result()["videos"] == 1
+    result = VideoScores.result(scores.sums())
+    assert result["top1"] == 100.0 and result["videos"] == 1
+    assert math.isnan(VideoScores.result(VideoScores(5, 2, CPU).sums())["top1"])
+
+
+def test_scores_of_several_processes_add_up():
+    """Videos dealt out to 3 processes: the sums of their sums are those of one."""
+    logits, labels, videos = torch.randn(22, 4), torch.arange(11).repeat_interleave(2) % 4, torch.arange(22) // 2
+    whole = VideoScores(11, 4, CPU)
+    whole.add(logits, labels, videos)
+    sums = torch.zeros(3, dtype=torch.float64)
+    for rank in range(3):
+        own = videos % 3 == rank
+        part = VideoScores(11, 4, CPU)
+        part.add(logits[own], labels[own], videos[own])
+        sums += part.sums()
+    assert torch.equal(sums, whole.sums()) and sums[2] == 11
 
 
 def test_firing_rates_over_several_forwards():

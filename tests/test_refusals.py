@@ -33,6 +33,8 @@ BAD_FLAGS = {
     "lists": ({"--annotation-path": "/nowhere"}, r"--annotation-path /nowhere: no such folder"),
     "split": ({"--split": "2"}, r"expected files <class>_test_split2\.txt, found none"),
     "weights": ({"--weights": "r18.pth"}, r"--weights r18\.pth: .*no such file"),
+    "keep": ({"--keep": "0"}, r"--keep must be at least 1"),
+    "minutes": ({"--checkpoint-minutes": "-1"}, r"--checkpoint-minutes must be at least 0"),
     "checkpoint": ({"--resume": "/nowhere/last.pt"}, r"/nowhere/last\.pt: no such checkpoint"),
 }
 
@@ -154,18 +156,37 @@ def test_strict_fails_on_them(monkeypatch, capfd, flags, broken_copy):
     )
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_video_that_breaks_after_indexing_is_one_line(monkeypatch, capfd, flags, tiny_demo, tmp_path, workers):
+@pytest.fixture
+def breaks_after_indexing(monkeypatch, capfd, flags, tiny_demo, tmp_path):
+    """(flags, path): a video that was in order when it was indexed, and is not now."""
     import shutil
 
+    monkeypatch.setattr("dataset.video.RETRY_SECONDS", (0.0,))
     root = shutil.copytree(tiny_demo[0], tmp_path / "videos")
-    changed = flags | {"--data-root": root, "-j": workers, "--epochs": 1}
+    changed = flags | {"--data-root": root, "--epochs": 1}
     assert run_here(monkeypatch, capfd, changed | {"--run-dir": tmp_path / "first"})[0] == 0
     victim = sorted(root.glob("*/train*.avi"))[3]
     stat, size = victim.stat(), victim.stat().st_size
     victim.write_bytes(b"\0" * size)
     os.utime(victim, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # the index cannot know
-    refused(monkeypatch, capfd, changed, re.escape(str(victim)))
+    return changed, victim
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_video_that_breaks_after_indexing_is_left_out(monkeypatch, capfd, breaks_after_indexing, workers):
+    changed, victim = breaks_after_indexing
+    status, _, err = run_here(monkeypatch, capfd, changed | {"-j": workers, "--epochs": 2})
+    assert status == 0 and re.fullmatch(rf"warning: left out: {re.escape(str(victim))}: .*\n", err), err
+    run = Path(changed["--run-dir"])
+    assert (run / "broken.txt").read_text().startswith(f"{victim}: ")
+    assert load_checkpoint(run / "last.pt")["position"]["epoch"] == 2
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_strict_stops_at_it_and_keeps_what_is_trained(monkeypatch, capfd, breaks_after_indexing, workers):
+    changed, victim = breaks_after_indexing
+    refused(monkeypatch, capfd, changed | {"-j": workers, "--strict": None}, re.escape(str(victim)))
+    assert load_checkpoint(Path(changed["--run-dir"]) / "last.pt")["position"]["clips"] % 5 == 0
 
 
 def test_non_finite_loss_names_videos_and_saves(monkeypatch, capfd, flags):

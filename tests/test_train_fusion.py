@@ -3,36 +3,15 @@
 import json
 import random
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
-import torch
 
 import train_fusion
-from tests.script import ROOT, command_line, metrics, refused, run_here
+from tests.script import TIMES, comparable, finish, metrics, refused, run_here, same_weights, start, wait_until
 from utils.checkpoint import load_checkpoint
-
-TIMES = {"clips_per_second", "data_wait_share", "peak_memory_bytes"}
-
-
-def start(flags: dict) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "train_fusion.py", *command_line(flags)],
-        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
-
-
-def comparable(run: Path) -> list[dict]:
-    return [{name: value for name, value in line.items() if name not in TIMES} for line in metrics(run)]
-
-
-def same_weights(run: Path, other: Path) -> bool:
-    a, b = (load_checkpoint(folder / "last.pt")["model"] for folder in (run, other))
-    return all(torch.equal(a[name], b[name]) for name in a) and a.keys() == b.keys()
-
 
 # ---- a run ------------------------------------------------------------------------------------------
 
@@ -74,7 +53,7 @@ def test_validation_selects_without_the_test_set(monkeypatch, capfd, flags):
     assert status == 0 and "selected on validation videos" in out and "selected on the test set" not in out
     assert {line["evaluated_on"] for line in metrics(Path(flags["--run-dir"]))} == {"val"}
     result = json.loads((Path(flags["--run-dir"]) / "test.json").read_text())
-    assert result["videos"] == 8
+    assert result["counts"]["videos"] == 8 and result["views"] == 1
 
 
 def test_the_published_epoch_of_every_window(monkeypatch, capfd, flags):
@@ -125,9 +104,7 @@ def test_every_published_flag_is_there(monkeypatch, tmp_path):
 def undisturbed(tiny_demo, tmp_path_factory):
     """Runs with the flags of `resumable`, once a module."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    process = start(resumable(tiny_demo, folder))
-    out, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, out
+    finish(start(resumable(tiny_demo, folder)))
     return folder / "run"
 
 
@@ -139,13 +116,7 @@ def resumable(tiny_demo, folder: Path) -> dict:
     }  # fmt: skip
 
 
-def wait_until(condition, process: subprocess.Popen, seconds: float = 120) -> None:
-    end = time.monotonic() + seconds
-    while not condition() and process.poll() is None and time.monotonic() < end:
-        time.sleep(0.01)
-
-
-@pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGUSR2])
 def test_killed_at_random_moments_and_resumed_to_the_bit(tiny_demo, tmp_path, undisturbed, kind):
     flags, run = resumable(tiny_demo, tmp_path), tmp_path / "run"
     moment = random.Random(f"{kind}")
@@ -158,9 +129,7 @@ def test_killed_at_random_moments_and_resumed_to_the_bit(tiny_demo, tmp_path, un
         out, _ = process.communicate(timeout=120)
         if kind != signal.SIGKILL:
             assert process.returncode == 0, out
-    process = start(flags)
-    out, _ = process.communicate(timeout=300)
-    assert process.returncode == 0 and "Traceback" not in out, out
+    finish(start(flags))
     assert comparable(run) == comparable(undisturbed)
     assert same_weights(run, undisturbed)
     best = [load_checkpoint(folder / "best.pt") for folder in (run, undisturbed)]
@@ -203,15 +172,59 @@ def test_start_epoch_moves_the_learning_rate(monkeypatch, capfd, flags):
     assert [line["learning_rate"] for line in metrics(Path(flags["--run-dir"]))] == pytest.approx([0.001])
 
 
-def test_another_order_in_mid_epoch_is_refused(monkeypatch, capfd, flags):
-    import utils.fit
-
+@pytest.fixture
+def in_mid_epoch(monkeypatch, capfd, flags):
+    """A run stopped in its first epoch, two batches of 5 done."""
     with monkeypatch.context() as patch:
-        patch.setattr(utils.fit, "evaluate", lambda *args, **kwargs: None)
-        assert run_here(monkeypatch, capfd, flags)[0] == 0
+        answers = iter([False, False, True])
+        patch.setattr("utils.stopping.StopRequest.requested", lambda self: next(answers))
+        status, out, _ = run_here(monkeypatch, capfd, flags)
+        assert status == 0 and "after 10 clips" in out
+    return flags | {"--resume": "auto"}
+
+
+def test_another_seed_or_data_set_in_mid_epoch_is_refused(monkeypatch, capfd, in_mid_epoch, tiny_demo, tmp_path):
+    refused(monkeypatch, capfd, in_mid_epoch | {"--seed": 4}, r"mid-epoch with --seed 3, now 4")
     refused(
-        monkeypatch, capfd, flags | {"--resume": "auto", "-b": "7"}, r"mid-epoch with another batch size \(5, now 7\)"
+        monkeypatch,
+        capfd,
+        in_mid_epoch | {"--val-fraction": "0.4"},
+        r"mid-epoch with another set of training clips: of its 24 clips \d+ are not there, 0 are new",
     )
+
+
+def test_another_batch_size_in_mid_epoch_trains_on_the_rest(monkeypatch, capfd, in_mid_epoch):
+    status, out, err = run_here(monkeypatch, capfd, in_mid_epoch | {"-b": "7", "--epochs": "1"})
+    assert status == 0, err
+    assert "epoch 1, clip 10 of 24" in out and "note: --batch-size was 5, is now 7" in out
+    assert load_checkpoint(Path(in_mid_epoch["--run-dir"]) / "last.pt")["position"]["epoch"] == 1
+
+
+def test_going_on_without_a_video_that_is_gone(monkeypatch, capfd, in_mid_epoch, tiny_demo, tmp_path):
+    """The order of the other clips stays, as the place of the one that is gone stays empty."""
+    import shutil
+
+    root = shutil.copytree(tiny_demo[0], tmp_path / "videos")
+    sorted(root.glob("*/train*.avi"))[3].unlink()
+    status, out, err = run_here(monkeypatch, capfd, in_mid_epoch | {"--data-root": root})
+    assert status == 0, err
+    assert "1 of 24 training clips are gone since the run started" in out
+    assert len(metrics(Path(in_mid_epoch["--run-dir"]))) == 2
+    clips = load_checkpoint(Path(in_mid_epoch["--run-dir"]) / "last.pt")["clips"]
+    assert len(clips) == 24  # another start still knows the run's clips
+
+
+def test_only_testing(monkeypatch, capfd, flags, tmp_path):
+    assert run_here(monkeypatch, capfd, flags)[0] == 0
+    run = Path(flags["--run-dir"])
+    before = {file.name: file.read_bytes() for file in run.iterdir()}
+    status, out, err = run_here(monkeypatch, capfd, flags | {"--resume": "auto", "--test-only": None})
+    assert status == 0 and "test after 2 epochs" in out, err
+    result = json.loads((run / "test.json").read_text())
+    line = metrics(run)[-1]
+    assert all(result[name] == line[name] for name in ("clip_top1", "video_top1", "video_top5", "counts"))
+    assert {file.name: file.read_bytes() for file in run.iterdir() if file.name != "test.json"} == before
+    refused(monkeypatch, capfd, flags | {"--test-only": None}, r"--test-only: which weights\?")
 
 
 def test_another_runs_folder_is_not_replaced_by_resuming(monkeypatch, capfd, flags, tmp_path):
@@ -234,4 +247,4 @@ def test_resumed_from_a_path_and_told_what_changed(monkeypatch, capfd, flags, tm
     last = Path(flags["--run-dir"]) / "last.pt"
     more = flags | {"--epochs": 3, "--resume": last, "--run-dir": tmp_path / "more"}
     status, out, _ = run_here(monkeypatch, capfd, more)
-    assert status == 0 and "epoch 3, batch 0" in out and "note: --epochs was 2, is now 3" in out
+    assert status == 0 and "epoch 3, clip 0 of 24" in out and "note: --epochs was 2, is now 3" in out

@@ -1,6 +1,9 @@
 """Checkpoints: written whole or not at all, read without running code, refused where they do not fit."""
 
 import io
+import os
+import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -8,34 +11,124 @@ import torch
 from utils.errors import UserError
 from utils.files import write_atomically
 
-FORMAT = 1
+FORMAT = 2
+LAST = "last.pt"  # the newest; last-1.pt is the one before, and so on
+
+
+class CheckpointError(UserError):
+    """A checkpoint that cannot be written."""
+
+
+class DamagedCheckpointError(UserError):
+    """A checkpoint that was cut off or has rotted."""
 
 
 def save_checkpoint(path: Path, state: dict) -> None:
-    """Write `state` to `path` atomically. Raises UserError where it cannot; what was there stays."""
+    """Write `state` to `path` atomically. Raises CheckpointError where it cannot; what was there stays."""
     buffer = io.BytesIO()
     torch.save({"format": FORMAT, **state}, buffer)
     try:
         write_atomically(path, buffer.getbuffer())
     except OSError as error:
         kept = "the earlier one is untouched" if path.exists() else "there was none before"
-        raise UserError(f"{path}: the checkpoint cannot be written ({error.strerror}); {kept}") from error
+        raise CheckpointError(f"{path}: the checkpoint cannot be written ({error.strerror}); {kept}") from error
 
 
 def load_checkpoint(path: Path) -> dict:
-    """Read a checkpoint onto the CPU. Raises UserError for one that is absent, damaged or not ours."""
+    """Read a checkpoint onto the CPU. Raises UserError for one that is absent or not ours, of the type
+    DamagedCheckpointError for one that is damaged."""
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint")
     try:
+        # torch.load compares no checksums; the file is a zip archive, which has them.
+        with zipfile.ZipFile(path) as archive:
+            rotten = archive.testzip()
+        if rotten is not None:
+            raise zipfile.BadZipFile(f"checksum of {rotten}")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises many types for a damaged or unsafe file
-        raise UserError(
+        raise DamagedCheckpointError(
             f"{path}: not a readable checkpoint, it is damaged or was cut off ({type(error).__name__}); "
             "resume from another one or start anew"
         ) from error
     if not isinstance(state, dict) or state.get("format") != FORMAT or "model_settings" not in state:
         raise UserError(f"{path}: not a checkpoint of this project (format {FORMAT})")
     return state
+
+
+def load_newest(paths: Sequence[Path]) -> tuple[Path, dict] | None:
+    """The first of `paths`, newest first, that is whole, and what it holds; None where there is none at all.
+
+    A damaged one is said and set aside under another name, so that it takes no whole one's place. Raises
+    UserError where all are damaged.
+    """
+    damaged: list[tuple[Path, UserError]] = []
+    for path in paths:
+        try:
+            state = load_checkpoint(path)
+        except DamagedCheckpointError as error:
+            damaged.append((path, error))
+            continue
+        for broken, _ in damaged:
+            aside = broken.with_suffix(".damaged")
+            os.replace(broken, aside)
+            print(f"note: {broken} is damaged or was cut off, kept as {aside.name}; going on from {path.name}")
+        return path, state
+    if damaged:
+        raise damaged[0][1]
+    return None
+
+
+def find_checkpoint(resume: str | None, folder: Path) -> tuple[Path, dict] | None:
+    """(path, content) of what --resume names: "auto" is the newest whole checkpoint of `folder`, and None
+    where it has none, as for None. Raises UserError."""
+    if resume is None:
+        return None
+    if resume != "auto":
+        return Path(resume), load_checkpoint(Path(resume))
+    found = load_newest(kept_checkpoints(folder))
+    if found is None:
+        print(f"--resume auto: no checkpoint in {folder}; starting anew")
+    return found
+
+
+def kept_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints in a run folder to go on from, newest first: last.pt, last-1.pt, ..."""
+    numbers = sorted(int(file.stem[5:]) for file in folder.glob("last-*.pt") if file.stem[5:].isdecimal())
+    return [file for file in [folder / LAST, *(_earlier(folder, number) for number in numbers)] if file.exists()]
+
+
+def make_room(folder: Path, keep: int) -> None:
+    """Before a new last.pt: let the one that is there be last-1.pt too, the one before that last-2.pt, ...,
+    `keep` with the new one. Whenever the process is killed, a whole one is there. Raises CheckpointError."""
+    last = folder / LAST
+    try:
+        if last.exists():
+            for number in range(keep - 1, 1, -1):
+                if _earlier(folder, number - 1).exists():
+                    os.replace(_earlier(folder, number - 1), _earlier(folder, number))
+            if keep > 1:
+                _link(last, _earlier(folder, 1))
+        for file in kept_checkpoints(folder):
+            if file != last and int(file.stem[5:]) >= keep:
+                file.unlink()
+    except OSError as error:
+        raise CheckpointError(f"{folder}: checkpoints cannot be renamed ({error.strerror})") from error
+
+
+def _earlier(folder: Path, number: int) -> Path:
+    return folder / f"last-{number}.pt"
+
+
+def _link(file: Path, name: Path) -> None:
+    temporary = name.with_name(f".{name.name}.tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(file, temporary)
+    except OSError:  # a file system without links: for a moment there is last-1.pt only
+        os.replace(file, name)
+    else:
+        os.replace(temporary, name)
 
 
 def check_settings(path: Path, found: dict, wanted: dict) -> None:

@@ -7,17 +7,29 @@ import sys
 
 import torch
 
+from utils.distributed import local_processes
 from utils.errors import UserError
 
 
 def choose_device(name: str) -> torch.device:
-    """The device named "cuda", "cuda:N" or "cpu". Raises UserError for others and for one that is not there."""
+    """The device named "cuda", "cuda:N" or "cpu"; "cuda" is this process's own where several share the
+    machine. Raises UserError for others and for one that is not there."""
     try:
         device = torch.device(name)
     except RuntimeError:
         device = None
     if device is None or device.type not in ("cuda", "cpu"):
         raise UserError(f"--device {name}: expected cuda, cuda:N or cpu")
+    processes_here = local_processes()
+    if device.type == "cuda" and processes_here > 1:
+        if device.index is not None:
+            raise UserError(f"--device {name}: each of several processes takes its own GPU; give --device cuda")
+        if processes_here > torch.cuda.device_count():
+            raise UserError(
+                f"--device cuda: {processes_here} processes were started on this machine, it has "
+                f"{torch.cuda.device_count()} CUDA devices; start one a device (--nproc-per-node)"
+            )
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices; use --device cpu")
     return device

@@ -1,18 +1,24 @@
 """One epoch of training, one pass of evaluation. Takes values, never command-line arguments."""
 
+import contextlib
 import math
+import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from dataset.residual import key_residual_split
-from dataset.video import VideoBatch
+from dataset.table import VideoTable
+from dataset.video import VideoBatch, collate
+from utils.broken import BrokenVideos
 from utils.device import autocast
-from utils.errors import UserError, worker_error
+from utils.distributed import ALONE, Processes
+from utils.errors import OtherProcessError, UserError, worker_error
 from utils.metrics import ClipScores, FiringRates, VideoScores
 from utils.progress import Progress
 
@@ -26,10 +32,11 @@ class NonFiniteLossError(UserError):
 
 @dataclass
 class TrainPosition:
-    """Where training stands: `batches` of epoch `epoch` are done, with these sums (`ClipScores.state`)."""
+    """Where training stands: so many clips of epoch `epoch`'s order are done, with these sums
+    (`ClipScores.sums`) over all processes."""
 
     epoch: int = 0
-    batches: int = 0
+    clips: int = 0
     scores: list[float] | None = None
 
 
@@ -42,7 +49,7 @@ def cosine_with_warmup(epoch: int, epochs: int, warmup_epochs: int) -> float:
 
 
 def train_one_epoch(
-    model: nn.Module,
+    network: nn.Module,
     loader: DataLoader,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
@@ -55,56 +62,119 @@ def train_one_epoch(
     label_smoothing: float = 0.0,
     accumulation_steps: int = 1,
     clip_norm: float | None = None,
+    processes: Processes = ALONE,
+    broken: BrokenVideos | None = None,
     should_stop: Callable[[], bool] = lambda: False,
+    should_save: Callable[[], bool] = lambda: False,
+    save: Callable[[], None] = lambda: None,
     on_first_batch: Callable[[Tensor, Tensor], None] | None = None,
 ) -> dict[str, float] | None:
     """Train from `position` to the end of its epoch and move `position` along.
 
-    Returns the epoch's metrics, or None where `should_stop` said so: then `position` says how far it
-    got, always at the end of an optimizer step. Raises NonFiniteLossError before the step that would
-    follow (on a GPU within a few steps).
+    network: as `Processes.replicate` gives it. loader: over a `dataset.order.TrainBatches`. An optimizer
+    step is the mean over the clips of its `accumulation_steps` batches on all processes.
+
+    `should_stop`, `should_save` and `save` are asked and called between optimizer steps; what one process
+    answers all follow. Returns the epoch's metrics over all processes, or None where `should_stop` said
+    so: then `position` says how far it got. Raises NonFiniteLossError before the step that would follow
+    (on a GPU within a few steps), and UserError where a process cannot go on: `position` is then the
+    last optimizer step's too.
     """
-    model.train()
+    network.train()
+    loader.batch_sampler.set_position(position.epoch, position.clips)
+    sizes = loader.batch_sampler.sizes()  # clips of each batch, over all processes
+    steps_done = loader.batch_sampler.steps_done()
+    scores = ClipScores(device, position.scores if processes.is_main else None)
+    incoming = _Incoming(loader, device, broken or BrokenVideos())
+    watch = _LossWatch(
+        loader.dataset.videos, 1 if device.type == "cpu" else _STEPS_BETWEEN_READINGS, processes, steps_done
+    )
     criterion = nn.CrossEntropyLoss(label_smoothing=label_smoothing)
-    loader.sampler.set_epoch(position.epoch, position.batches * loader.batch_size)
-    scores = ClipScores(device, position.scores)
-    total = position.batches + len(loader)
-    every = 1 if device.type == "cpu" else _STEPS_BETWEEN_READINGS
-    watch = _LossWatch(loader.dataset, every, position.batches)
-    clock = _Clock()
+    backward = _Backward(network, criterion, scaler, watch, device, precision)
     optimizer.zero_grad(set_to_none=True)
-    with Progress(total, f"epoch {position.epoch + 1}/{epochs}", unit="batch", start=position.batches) as progress:
-        for batch in clock.timed(to_device(loader, device)):
-            key, residual = key_residual_split(batch.clips, stride)
-            if on_first_batch is not None:
-                on_first_batch(key, residual)
-                on_first_batch = None
-            with autocast(device, precision):
-                logits = model(key, residual)
-                loss = criterion(logits.float(), batch.labels)
-            watch.add(loss, batch.videos)
-            # The last group of an epoch may be shorter: it is averaged over what it has.
-            group = position.batches // accumulation_steps * accumulation_steps
-            scaler.scale(loss / (min(group + accumulation_steps, total) - group)).backward()
-            scores.add(logits, batch.labels, loss)
-            position.batches += 1
-            if position.batches % accumulation_steps == 0 or position.batches == total:
-                if clip_norm is not None:
-                    scaler.unscale_(optimizer)
-                    nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
-                scaler.step(optimizer)
-                scaler.update()
+    settled = scores.sums.clone()  # as they were at the last optimizer step
+    progress = Progress(
+        steps_done + len(sizes), f"epoch {position.epoch + 1}/{epochs}", "batch", steps_done, shown=processes.is_main
+    )
+    try:
+        with progress:
+            for first in range(0, len(sizes), accumulation_steps):
+                group = sizes[first : first + accumulation_steps]  # the last one of an epoch may be shorter
+                trained_clips = 0
+                for number, size in enumerate(group):
+                    batch = incoming.next()
+                    asked = number == 0
+                    agreed = processes.agree(
+                        stop=asked and should_stop(), save=asked and should_save(),
+                        failed=incoming.failure is not None, clips=len(batch.labels),
+                    )  # fmt: skip
+                    if agreed.failed:
+                        raise incoming.failure or OtherProcessError
+                    if agreed.stop or agreed.save:
+                        watch.read()
+                        position.scores = processes.sum(settled).tolist()
+                    if agreed.stop:
+                        return None
+                    if agreed.save:
+                        save()
+                    last = number == len(group) - 1
+                    if not agreed.empty:  # else nobody trains on this batch: every process has a part in the gradient
+                        key, residual = key_residual_split(batch.clips, stride)
+                        if on_first_batch is not None:
+                            on_first_batch(key, residual)
+                            on_first_batch = None
+                        # The step is the mean over its clips; gradients are averaged over processes after it.
+                        share = size / sum(group) * len(batch.labels) * processes.count / agreed.clips
+                        logits, loss = backward(key, residual, batch, share, synchronise=last)
+                        scores.add(logits, batch.labels, loss)
+                        trained_clips += agreed.clips
+                    elif last and trained_clips:
+                        processes.mean_gradients(network)
+                    incoming.clips += agreed.clips
+                    progress.advance(loss=watch.shown, clips_per_s=f"{incoming.clips_per_second():.1f}")
+                if trained_clips:
+                    _optimizer_step(network, optimizer, scaler, clip_norm)
                 optimizer.zero_grad(set_to_none=True)
-                if position.batches < total and should_stop():
-                    watch.read()
-                    position.scores = scores.state()
-                    return None
-            clock.clips += len(batch.labels)
-            progress.advance(loss=watch.shown, clips_per_s=f"{clock.clips_per_second():.1f}")
-    watch.read()
-    position.scores = scores.state()  # a run stopped between here and the next epoch reports the same sums
-    result = scores.result()
-    return {"train_loss": result["loss"], "train_clip_top1": result["top1"], **clock.result()}
+                position.clips += sum(group)
+                settled = scores.sums.clone()
+            watch.read()
+    except UserError:  # in all processes, or none
+        position.scores = processes.sum(settled).tolist()
+        raise
+    position.scores = processes.sum(settled).tolist()  # stopped before the next epoch, a run reports the same
+    result = ClipScores.result(torch.tensor(position.scores, dtype=torch.float64))
+    return {"train_loss": result["loss"], "train_clip_top1": result["top1"], **incoming.result()}
+
+
+class _Backward:
+    """Forward and backward of one batch."""
+
+    def __init__(self, network, criterion, scaler, watch: "_LossWatch", device, precision):
+        self._network, self._criterion, self._scaler, self._watch = network, criterion, scaler, watch
+        self._device, self._precision = device, precision
+
+    def __call__(
+        self, key: Tensor, residual: Tensor, batch: VideoBatch, share: float, synchronise: bool
+    ) -> tuple[Tensor, Tensor]:
+        """(logits, loss); gradients of loss * share are added up, over processes only if `synchronise`."""
+        keep_apart = contextlib.nullcontext()
+        if not synchronise and isinstance(self._network, DistributedDataParallel):
+            keep_apart = self._network.no_sync()
+        with keep_apart:
+            with autocast(self._device, self._precision):
+                logits = self._network(key, residual)
+                loss = self._criterion(logits.float(), batch.labels)
+            self._watch.add(loss, batch.videos)
+            self._scaler.scale(loss * share).backward()
+        return logits, loss
+
+
+def _optimizer_step(network: nn.Module, optimizer, scaler, clip_norm: float | None) -> None:
+    if clip_norm is not None:
+        scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(network.parameters(), clip_norm)
+    scaler.step(optimizer)
+    scaler.update()
 
 
 @torch.no_grad()
@@ -117,43 +187,59 @@ def evaluate(
     precision: torch.dtype | None,
     stride: int,
     task: str,
+    processes: Processes = ALONE,
+    broken: BrokenVideos | None = None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> dict | None:
-    """Clip and video accuracy in percent, loss and firing rates; None where `should_stop` cut it off."""
+    """Clip and video accuracy in percent and as counts, loss and firing rates, over all processes; None
+    where `should_stop` cut it off.
+
+    model: not the replicated one, with the same weights in every process. loader: over a
+    `dataset.order.TestBatches`. Raises UserError where a process cannot go on.
+    """
     model.eval()
+    processes.share_buffers(model)
     criterion = nn.CrossEntropyLoss()
     clips = ClipScores(device)
-    videos = VideoScores(len(loader.dataset.records), classes, device)
-    loader.sampler.set_epoch(0)
+    videos = VideoScores(len(loader.dataset.videos), classes, device)
+    incoming = _Incoming(loader, device, broken or BrokenVideos())
     # One autocast context for the whole pass: the weights are cast once, not for every batch.
     with (
         FiringRates(model) as rates,
         autocast(device, precision),
-        Progress(len(loader), task, unit="batch") as progress,
+        Progress(loader.batch_sampler.steps, task, unit="batch", shown=processes.is_main) as progress,
     ):
-        for batch in to_device(loader, device):
-            key, residual = key_residual_split(batch.clips, stride)
-            logits = model(key, residual).float()
-            clips.add(logits, batch.labels, criterion(logits, batch.labels))
-            videos.add(logits, batch.labels, batch.videos)
-            progress.advance()
-            if should_stop():
+        for _ in range(loader.batch_sampler.steps):
+            batch = incoming.next()  # empty past the end of this process's own
+            agreed = processes.agree(stop=should_stop(), failed=incoming.failure is not None)
+            if agreed.failed:
+                raise incoming.failure or OtherProcessError
+            if agreed.stop:
                 return None
-    clip_result, video_result = clips.result(), videos.result()
+            if len(batch.labels):
+                key, residual = key_residual_split(batch.clips, stride)
+                logits = model(key, residual).float()
+                clips.add(logits, batch.labels, criterion(logits, batch.labels))
+                videos.add(logits, batch.labels, batch.videos)
+            progress.advance()
+    clip_sums, video_sums = processes.sum(clips.sums), processes.sum(videos.sums())
+    clip_result, video_result = ClipScores.result(clip_sums), VideoScores.result(video_sums)
     return {
         "loss": clip_result["loss"],
         "clip_top1": clip_result["top1"],
         "clip_top5": clip_result["top5"],
         "video_top1": video_result["top1"],
         "video_top5": video_result["top5"],
-        "videos": video_result["videos"],
-        "firing_rate": rates.per_stage(),
-    }
+        "counts": {
+            "clips": int(clip_sums[3]), "clip_top1": int(clip_sums[1]), "clip_top5": int(clip_sums[2]),
+            "videos": int(video_sums[2]), "video_top1": int(video_sums[0]), "video_top5": int(video_sums[1]),
+        },
+        "firing_rate": rates.per_stage(processes.sum(rates.sums())),
+    }  # fmt: skip
 
 
-def to_device(loader: DataLoader, device: torch.device) -> Iterator[VideoBatch]:
-    """The loader's batches on the device; on a GPU the next one is copied, as uint8, while this one is used."""
-    batches = _batches(loader)
+def to_device(batches: Iterable[VideoBatch], device: torch.device) -> Iterator[VideoBatch]:
+    """The batches on the device; on a GPU the next one is copied, as uint8, while this one is used."""
     if device.type != "cuda":
         yield from batches
         return
@@ -161,7 +247,7 @@ def to_device(loader: DataLoader, device: torch.device) -> Iterator[VideoBatch]:
     ahead = None
     for batch in batches:
         with torch.cuda.stream(side):
-            copied = VideoBatch(*(tensor.to(device, non_blocking=True) for tensor in batch))
+            copied = VideoBatch(*(tensor.to(device, non_blocking=True) for tensor in batch[:3]), batch.failed)
             done = side.record_event()
         if ahead is not None:
             yield _taken(*ahead, device)
@@ -173,14 +259,20 @@ def to_device(loader: DataLoader, device: torch.device) -> Iterator[VideoBatch]:
 def _taken(batch: VideoBatch, copied: torch.cuda.Event, device: torch.device) -> VideoBatch:
     stream = torch.cuda.current_stream(device)
     stream.wait_event(copied)
-    for tensor in batch:
+    for tensor in batch[:3]:
         tensor.record_stream(stream)  # not to be reused by the side stream while this one reads it
     return batch
 
 
-def _batches(loader: DataLoader) -> Iterator[VideoBatch]:
+def _batches(loader: DataLoader, broken: BrokenVideos) -> Iterator[VideoBatch]:
     try:
-        yield from loader
+        iterator = iter(loader)
+        # PyTorch would raise a worker's death wherever the main thread happens to be, in the middle of an
+        # optimizer step too. Left alone it notices when it next waits for a batch.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        for batch in iterator:
+            broken.check(batch, loader.dataset.videos)
+            yield batch
     except UserError as error:
         raise worker_error(error) from error
     except RuntimeError as error:
@@ -190,11 +282,42 @@ def _batches(loader: DataLoader) -> Iterator[VideoBatch]:
         raise UserError(f"a data loading process died ({reason}); fewer -j, or more memory or /dev/shm") from error
 
 
-class _LossWatch:
-    """Reads losses every so often, stops on one that is not finite, and knows which videos made it."""
+class _Incoming:
+    """The loader's batches on the device. It remembers a failure instead of raising it, so that all
+    processes can leave together, and measures clips per second and the share of time spent waiting."""
 
-    def __init__(self, dataset, every: int, batches_done: int):
-        self._dataset, self._every, self._read = dataset, every, batches_done
+    def __init__(self, loader: DataLoader, device: torch.device, broken: BrokenVideos):
+        self._batches = to_device(_batches(loader, broken), device)
+        self._started = time.perf_counter()
+        self._waited = 0.0
+        self.clips = 0
+        self.failure: UserError | None = None
+
+    def next(self) -> VideoBatch:
+        """The next batch; an empty one where there is none, or none can be had."""
+        asked = time.perf_counter()
+        batch = None
+        try:
+            batch = next(self._batches, None)
+        except UserError as error:
+            self.failure = error
+        self._waited += time.perf_counter() - asked
+        return collate([]) if batch is None else batch
+
+    def clips_per_second(self) -> float:
+        return self.clips / (time.perf_counter() - self._started)
+
+    def result(self) -> dict[str, float]:
+        elapsed = time.perf_counter() - self._started
+        return {"clips_per_second": self.clips / elapsed, "data_wait_share": self._waited / elapsed}
+
+
+class _LossWatch:
+    """Reads losses every so often, stops all processes on one that is not finite, and knows which videos
+    made it."""
+
+    def __init__(self, videos: VideoTable, every: int, processes: Processes, batches_done: int):
+        self._videos, self._every, self._processes, self._read = videos, every, processes, batches_done
         self._unread: list[tuple[Tensor, Tensor]] = []
         self.shown = "-"  # the latest loss, for the progress bar
 
@@ -204,38 +327,16 @@ class _LossWatch:
             self.read()
 
     def read(self) -> None:
-        if not self._unread:
-            return
-        losses = torch.stack([loss for loss, _ in self._unread]).tolist()
-        for loss, (_, videos) in zip(losses, self._unread, strict=True):
-            self._read += 1
-            if not math.isfinite(loss):
-                names = ", ".join(self._dataset.records[video].path for video in videos.tolist())
-                raise NonFiniteLossError(f"batch {self._read}: the loss became {loss}; videos of that batch: {names}")
-        self.shown = f"{losses[-1]:.4f}"
+        losses = torch.stack([loss for loss, _ in self._unread]).tolist() if self._unread else []
+        wrong = [number for number, loss in enumerate(losses) if not math.isfinite(loss)]
+        if self._processes.agree(failed=bool(wrong)).failed:
+            if not wrong:
+                raise OtherProcessError
+            names = ", ".join(self._videos.path(video) for video in self._unread[wrong[0]][1].tolist())
+            raise NonFiniteLossError(
+                f"batch {self._read + wrong[0] + 1}: the loss became {losses[wrong[0]]}; videos of that batch: {names}"
+            )
+        self._read += len(losses)
+        if losses:
+            self.shown = f"{losses[-1]:.4f}"
         self._unread.clear()
-
-
-class _Clock:
-    """Clips per second and the share of time spent waiting for data."""
-
-    def __init__(self):
-        self._started = time.perf_counter()
-        self._waited = 0.0
-        self.clips = 0
-
-    def timed(self, batches: Iterator[VideoBatch]) -> Iterator[VideoBatch]:
-        while True:
-            asked = time.perf_counter()
-            batch = next(batches, None)
-            self._waited += time.perf_counter() - asked
-            if batch is None:
-                return
-            yield batch
-
-    def clips_per_second(self) -> float:
-        return self.clips / (time.perf_counter() - self._started)
-
-    def result(self) -> dict[str, float]:
-        elapsed = time.perf_counter() - self._started
-        return {"clips_per_second": self.clips / elapsed, "data_wait_share": self._waited / elapsed}

@@ -1,17 +1,22 @@
 """A whole training run: epochs, selection, metrics, checkpoints, and leaving when asked to."""
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from utils.checkpoint import check_settings, load_checkpoint, save_checkpoint
+from dataset.table import GONE, VideoTable, clip_names, clips_in_order
+from utils.broken import BrokenVideos
+from utils.checkpoint import CheckpointError, check_settings, load_checkpoint, make_room, save_checkpoint
 from utils.device import peak_memory_bytes
+from utils.distributed import Processes
 from utils.engine import NonFiniteLossError, TrainPosition, evaluate, train_one_epoch
-from utils.errors import UserError
+from utils.errors import OtherProcessError, UserError
 from utils.pictures import key_residual_picture
 from utils.run_folder import RunFolder
 from utils.seed import random_state, set_random_state
@@ -32,31 +37,28 @@ class TrainingState:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     settings: dict  # of the network; a checkpoint with others is refused
-    order: dict  # what the order of the clips follows from; in mid-epoch, a checkpoint with another is refused
+    clips: numpy.ndarray  # names of the training clips (`dataset.table.clip_names`) whose order an epoch shuffles
     selection: str  # which videos the best epoch is chosen on
-    flags: dict  # of the script
+    flags: dict  # of the script, and the number of processes
     position: TrainPosition
     best: dict = field(default_factory=lambda: dict(NO_BEST))
 
     def save(self, path: Path) -> None:
         """Write all of it and the random state to `path`, atomically. Raises UserError."""
         parts = {name: getattr(self, name).state_dict() for name in ("model", "optimizer", "scaler")}
-        rest = {name: getattr(self, name) for name in ("order", "selection", "flags", "best")}
-        rest |= {"position": vars(self.position), "random": random_state()}
+        rest = {name: getattr(self, name) for name in ("selection", "flags", "best")}
+        rest |= {"clips": torch.from_numpy(self.clips), "position": vars(self.position), "random": random_state()}
         save_checkpoint(path, {"model_settings": self.settings, **parts, **rest})
 
-    def restore(self, path: Path, run: RunFolder, flags_that_may_differ: set[str]) -> None:
-        """Become what `save` wrote to `path`, and say which flags differ. Raises UserError."""
-        state = load_checkpoint(path)
+    def restore(self, path: Path, state: dict, run: RunFolder, flags_that_may_differ: set[str]) -> None:
+        """Become what `save` wrote to `path` (`state`), and say which flags differ. Raises UserError."""
         check_settings(path, state["model_settings"], self.settings)
         position = TrainPosition(**state["position"])
-        if position.batches > 0:
-            for name, value in self.order.items():
-                if state["order"][name] != value:
-                    raise UserError(
-                        f"{path}: stopped in mid-epoch with another {name} ({state['order'][name]}, now {value}); "
-                        "continue with the same one until the epoch ends"
-                    )
+        if position.clips > 0 and state["flags"]["seed"] != self.flags["seed"]:
+            raise UserError(
+                f"{path}: stopped in mid-epoch with --seed {state['flags']['seed']}, now {self.flags['seed']}; "
+                "continue with the same one until the epoch ends"
+            )
         self.position = position
         self.model.load_state_dict(state["model"])
         hyperparameters = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
@@ -66,14 +68,68 @@ class TrainingState:
         if self.scaler.is_enabled() and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
         set_random_state(state["random"])
-        print(f"resumed from {path}: epoch {position.epoch + 1}, batch {position.batches}")
+        print(f"resumed from {path}: epoch {position.epoch + 1}, clip {position.clips} of {len(self.clips)}")
         for flag, value in state["flags"].items():
             if flag not in flags_that_may_differ and self.flags.get(flag) != value:
-                print(f"note: --{flag.replace('_', '-')} was {value}, is now {self.flags.get(flag)}")
-        if state["selection"] == self.selection and run.best.exists():
-            self.best = state["best"]
+                name = flag if flag == "processes" else f"--{flag.replace('_', '-')}"
+                print(f"note: {name} was {value}, is now {self.flags.get(flag)}")
+        self._restore_best(state, run)
+
+    def _restore_best(self, state: dict, run: RunFolder) -> None:
+        # What best.pt itself says counts: it may be newer than the checkpoint that is gone on from.
+        try:
+            best = load_checkpoint(run.best) if state["selection"] == self.selection and run.best.exists() else None
+        except UserError as error:
+            print(f"note: {error}")
+            best = None
+        if best is not None and best["selection"] == self.selection:
+            self.best = best["best"]
         elif state["best"] != NO_BEST:
             print("note: the best epoch so far was chosen elsewhere or on other videos; it is chosen anew from here")
+
+
+def in_checkpoint_order(
+    videos: VideoTable, clips: numpy.ndarray, path: Path, state: dict
+) -> tuple[numpy.ndarray, numpy.ndarray]:
+    """(clips, their names): in the checkpoint's order, for the run to go on with the clips it was started
+    with although videos have come or gone. Many more or fewer are another data set: it has its own order
+    from the next epoch on; in mid-epoch, raises UserError."""
+    names = state["clips"].numpy()
+    kept, new = clips_in_order(videos, clips, names)
+    gone = int((kept[:, 0] == GONE).sum())
+    if 10 * gone > len(names) or 10 * new > len(names):
+        if state["position"]["clips"] > 0:
+            raise UserError(
+                f"{path}: stopped in mid-epoch with another set of training clips: of its {len(names)} clips {gone} "
+                f"are not there, {new} are new; continue with the same one until the epoch ends"
+            )
+        print(f"note: the training clips are others from here: {gone} of {len(names)} are gone, {new} are new")
+        return clips, clip_names(videos, clips)
+    if gone:
+        print(f"note: {gone} of {len(names)} training clips are gone since the run started; their places stay empty")
+    if new:
+        print(f"note: {new} training clips are new since the run started and left out of it")
+    return kept, names
+
+
+def score(
+    model: nn.Module, loader: DataLoader, classes: int, run: RunFolder, *, processes: Processes, epoch: int, **how
+) -> None:
+    """The test of a finished epoch: printed and written to test.json."""
+    passes = {name: how.pop(name) for name in ("device", "precision", "stride")}
+    with StopRequest() as stop:
+        scored = evaluate(
+            model, loader, classes, **passes, processes=processes, task="test", should_stop=stop.requested
+        )
+    if scored is None:
+        print(f"stopped by {stop.name or 'a signal to another process'} in the test; --resume auto tests again")
+        return
+    processes.from_main(lambda: run.write_result({"after_epochs": epoch, **how, **scored}))
+    counts = scored["counts"]
+    print(
+        f"test after {epoch} epochs: clip top-1 {scored['clip_top1']:.2f} %, video top-1 {scored['video_top1']:.2f} % "
+        f"({counts['video_top1']} of {counts['videos']}), top-5 {scored['video_top5']:.2f} %"
+    )
 
 
 def fit(
@@ -82,6 +138,7 @@ def fit(
     selection_loader: DataLoader,
     run: RunFolder,
     *,
+    processes: Processes,
     epochs: int,
     learning_rate: Callable[[int], float],
     classes: int,
@@ -92,17 +149,30 @@ def fit(
     label_smoothing: float,
     accumulation_steps: int,
     clip_norm: float | None,
+    checkpoint_minutes: float,
+    keep: int,
 ) -> bool:
     """Train from `state.position` to `epochs`, scoring on `selection_loader` after each epoch.
 
-    learning_rate: epoch -> rate. The others as `train_one_epoch` takes them.
+    learning_rate: epoch -> rate. checkpoint_minutes: between checkpoints in mid-epoch; 0 writes none.
+    keep: checkpoints kept, last.pt among them. The others as `train_one_epoch` takes them.
 
-    Every epoch adds a line of metrics and last.pt, the best so far best.pt. Returns False where
-    SIGINT or SIGTERM cut it short; last.pt then holds the very step. Raises UserError.
+    Every epoch adds a line of metrics and last.pt, the best so far best.pt. Returns False where a signal
+    to any of the processes cut it short; last.pt then holds the very step. It does too where a process
+    cannot go on (UserError): the others leave with it.
     """
-    passes = dict(device=device, precision=precision, stride=stride)
-    run.begin(state.position.epoch)
-    picture = None if run.has_events() else _picture_writer(run)
+    passes = dict(device=device, precision=precision, stride=stride, processes=processes, broken=BrokenVideos())
+    processes.from_main(lambda: run.begin(state.position.epoch))
+    network = processes.replicate(state.model, device)
+    clock = _CheckpointClock(checkpoint_minutes)
+    pictures: list[Tensor] = []
+    first_batch = None if run.has_events() else lambda *batch: pictures.append(key_residual_picture(*batch))
+
+    def save() -> None:
+        broken = processes.gather(passes["broken"].take())
+        processes.from_main(lambda: _save_last(state, run, keep, broken))
+        clock.restart()
+
     with StopRequest() as stop:
         while state.position.epoch < epochs:
             epoch = state.position.epoch
@@ -110,72 +180,98 @@ def fit(
                 group["lr"] = learning_rate(epoch)
             try:
                 trained = train_one_epoch(
-                    state.model, train_loader, state.optimizer, state.scaler, **passes,
+                    network, train_loader, state.optimizer, state.scaler, **passes,
                     epochs=epochs, position=state.position, label_smoothing=label_smoothing,
                     accumulation_steps=accumulation_steps, clip_norm=clip_norm,
-                    should_stop=stop.requested, on_first_batch=picture,
+                    should_stop=stop.requested, should_save=clock.is_due, save=save,
+                    on_first_batch=first_batch,
                 )  # fmt: skip
-            except NonFiniteLossError as error:
-                raise _with_checkpoint(error, state, run) from error
-            picture = None
-            scored = None
-            if trained is not None:
-                task = f"{selected_on} {epoch + 1}/{epochs}"
-                scored = evaluate(
-                    state.model, selection_loader, classes, **passes, task=task, should_stop=stop.requested
-                )
+                first_batch = scored = None
+                if trained is not None:
+                    task = f"{selected_on} {epoch + 1}/{epochs}"
+                    scored = evaluate(
+                        state.model, selection_loader, classes, **passes, task=task, should_stop=stop.requested
+                    )
+            except UserError as error:  # in all processes: each knows that one cannot go on
+                raise _saved(error, state, run, processes, save) from error
             if scored is None:
-                state.save(run.last)
+                save()
                 print(
-                    f"stopped by {stop.name} in epoch {epoch + 1} after batch {state.position.batches}; "
-                    "continue with --resume auto"
+                    f"stopped by {stop.name or 'a signal to another process'} in epoch {epoch + 1} after "
+                    f"{state.position.clips} clips; continue with --resume auto"
                 )
                 return False
-            _finish_epoch(state, run, trained, scored, epochs, selected_on, device)
+            metrics = _metrics(state, trained, scored, selected_on, device)
+            improved = scored["video_top1"] > state.best["video_top1"]
+            if improved:
+                state.best = {"epoch": epoch, "video_top1": scored["video_top1"]}
+            # The state after this epoch is the one a resumed run starts the next with.
+            state.position = TrainPosition(epoch=epoch + 1)
+            processes.from_main(lambda: _record(run, metrics, epochs, pictures))  # noqa: B023 - called at once
+            if improved:
+                processes.from_main(lambda: state.save(run.best))
+            save()
     return True
 
 
-def _finish_epoch(
-    state: TrainingState, run: RunFolder, trained: dict, scored: dict, epochs: int, selected_on: str, device
-) -> None:
-    epoch = state.position.epoch
-    run.add_metrics({
-        "epoch": epoch,
-        **trained,
-        f"{selected_on}_loss": scored["loss"],
-        **{name: scored[name] for name in ("clip_top1", "clip_top5", "video_top1", "video_top5", "firing_rate")},
-        "evaluated_on": selected_on,
-        "learning_rate": state.optimizer.param_groups[0]["lr"],
-        "peak_memory_bytes": peak_memory_bytes(device),
-    })  # fmt: skip
-    print(
-        f"epoch {epoch + 1}/{epochs}: loss {trained['train_loss']:.4f}, "
-        f"train clip top-1 {trained['train_clip_top1']:.1f} %, "
-        f"{selected_on} clip {scored['clip_top1']:.1f} %, video {scored['video_top1']:.1f} %, "
-        f"{trained['clips_per_second']:.1f} clips/s, {100 * trained['data_wait_share']:.0f} % waiting for data",
-        flush=True,
-    )
-    improved = scored["video_top1"] > state.best["video_top1"]
-    if improved:
-        state.best = {"epoch": epoch, "video_top1": scored["video_top1"]}
-    # The state after this epoch is the one a resumed run starts the next with.
-    state.position = TrainPosition(epoch=epoch + 1)
-    if improved:
-        state.save(run.best)
+class _CheckpointClock:
+    """Whether a checkpoint in mid-epoch is due."""
+
+    def __init__(self, minutes: float):
+        self._seconds = 60 * minutes
+        self.restart()
+
+    def restart(self) -> None:
+        self._latest = time.monotonic()
+
+    def is_due(self) -> bool:
+        return self._seconds > 0 and time.monotonic() - self._latest >= self._seconds
+
+
+def _save_last(state: TrainingState, run: RunFolder, keep: int, broken: list[str]) -> None:
+    run.add_to_list("broken.txt", broken)
+    make_room(run.path, keep)
     state.save(run.last)
 
 
-def _with_checkpoint(error: NonFiniteLossError, state: TrainingState, run: RunFolder) -> UserError:
-    path = run.path / "nonfinite.pt"
-    state.save(path)
-    return UserError(
-        f"epoch {state.position.epoch + 1}, {error}; the state at that moment is in {path}; "
-        "try a lower -lr, --clip-norm or --no-amp"
+def _saved(error: UserError, state: TrainingState, run: RunFolder, processes: Processes, save) -> UserError:
+    """The error to leave with, after saving what is good."""
+    is_own = not isinstance(error, OtherProcessError)
+    agreed = processes.agree(stop=isinstance(error, NonFiniteLossError), failed=isinstance(error, CheckpointError))
+    if agreed.failed:
+        return error
+    if agreed.stop:
+        path = run.path / "nonfinite.pt"
+        processes.from_main(lambda: state.save(path))
+        advice = f"the state at that moment is in {path}; try a lower -lr, --clip-norm or --no-amp"
+    else:
+        save()
+        advice = f"{run.last} holds all up to there"
+    return UserError(f"epoch {state.position.epoch + 1}, {error}; {advice}") if is_own else error
+
+
+def _metrics(state: TrainingState, trained: dict, scored: dict, selected_on: str, device: torch.device) -> dict:
+    names = ("clip_top1", "clip_top5", "video_top1", "video_top5", "counts", "firing_rate")
+    return {
+        "epoch": state.position.epoch,
+        **trained,
+        f"{selected_on}_loss": scored["loss"],
+        **{name: scored[name] for name in names},
+        "evaluated_on": selected_on,
+        "learning_rate": state.optimizer.param_groups[0]["lr"],
+        "peak_memory_bytes": peak_memory_bytes(device),
+    }
+
+
+def _record(run: RunFolder, metrics: dict, epochs: int, pictures: list[Tensor]) -> None:
+    while pictures:
+        run.add_picture("key_and_residual_frames", pictures.pop())
+    run.add_metrics(metrics)
+    on = metrics["evaluated_on"]
+    print(
+        f"epoch {metrics['epoch'] + 1}/{epochs}: loss {metrics['train_loss']:.4f}, "
+        f"train clip top-1 {metrics['train_clip_top1']:.1f} %, "
+        f"{on} clip {metrics['clip_top1']:.1f} %, video {metrics['video_top1']:.1f} %, "
+        f"{metrics['clips_per_second']:.1f} clips/s, {100 * metrics['data_wait_share']:.0f} % waiting for data",
+        flush=True,
     )
-
-
-def _picture_writer(run: RunFolder) -> Callable[[torch.Tensor, torch.Tensor], None]:
-    def write(key: torch.Tensor, residual: torch.Tensor) -> None:
-        run.add_picture("key_and_residual_frames", key_residual_picture(key, residual))
-
-    return write

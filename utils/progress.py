@@ -14,14 +14,14 @@ class Progress:
     `values` given to `advance` are shown behind the bar, already formatted.
     """
 
-    def __init__(self, total: int, task: str, unit: str, start: int = 0):
+    def __init__(self, total: int, task: str, unit: str, start: int = 0, shown: bool = True):
         self._total, self._task, self._unit = total, task, unit
         self._done = start
         self._start_count = start
         self._values: dict[str, str] = {}
         self._started = self._printed = time.monotonic()
         self._bar = None
-        if sys.stderr.isatty():
+        if shown and sys.stderr.isatty():
             self._bar = tqdm(total=total, initial=start, desc=task, unit=unit, dynamic_ncols=True, leave=False)
 
     def __enter__(self) -> "Progress":

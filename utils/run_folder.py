@@ -14,6 +14,7 @@ from pathlib import Path
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
+from utils.checkpoint import LAST, kept_checkpoints
 from utils.errors import UserError
 from utils.files import write_atomically
 
@@ -21,12 +22,13 @@ _PACKAGES = ("torch", "torchvision", "triton", "spikingjelly", "av", "numpy")
 
 
 class RunFolder:
-    """Creates `path`. A folder that holds a run already is only opened to continue that very run, or with
-    `overwrite`; what it holds is then replaced by `begin`, once all else has been found in order."""
+    """What a run writes; only its main process does. Creates `path`. A folder that holds a run already is
+    only opened to continue that very run, or with `overwrite`; what it holds is then replaced by `begin`,
+    once all else has been found in order."""
 
     def __init__(self, path: Path, resuming: bool, overwrite: bool):
         self.path = path
-        self.last = path / "last.pt"
+        self.last = path / LAST
         self.best = path / "best.pt"
         self._metrics = path / "metrics.jsonl"
         try:
@@ -39,7 +41,7 @@ class RunFolder:
             ) from error
         for leftover in path.glob(".*.tmp"):  # of a run that was killed while it wrote
             leftover.unlink(missing_ok=True)
-        earlier = [file for file in (self.last, self.best, self._metrics) if file.exists()]
+        earlier = [file for file in (*kept_checkpoints(path), self.best, self._metrics) if file.exists()]
         if earlier and not resuming and not overwrite:
             raise UserError(
                 f"--run-dir {path}: holds a run already ({earlier[0].name}); continue it with --resume auto, "
@@ -55,7 +57,9 @@ class RunFolder:
         self._first_epoch = epoch
         if self._replace:
             events = list(self.path.glob("events.out.tfevents.*"))
-            for file in [self.last, self.best, self._metrics, self.path / "test.json", *events]:
+            lists = [self.path / "test.json", self.path / "broken.txt"]
+            damaged = list(self.path.glob("last*.damaged"))
+            for file in [*kept_checkpoints(self.path), self.best, self._metrics, *lists, *damaged, *events]:
                 file.unlink(missing_ok=True)
         elif self._metrics.exists():
             lines = [line for line in self._metrics.read_text().splitlines() if _epoch_of(line) < epoch]
@@ -83,6 +87,14 @@ class RunFolder:
         else:
             (self.path / name).unlink(missing_ok=True)
         return self.path / name
+
+    def add_to_list(self, name: str, lines: Sequence[str]) -> None:
+        """More lines at the end of a list of an earlier start or step."""
+        file = self.path / name
+        earlier = file.read_text(errors="surrogateescape").splitlines() if file.exists() else []
+        new = [line for line in lines if line not in earlier]
+        if new:
+            self.write_list(name, [*earlier, *new])
 
     def write_result(self, result: dict) -> None:
         """test.json: the test set's score of the selected epoch."""

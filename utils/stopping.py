@@ -1,10 +1,10 @@
-"""Ctrl-C and SIGTERM ask a run to stop: it finishes the step, saves and leaves."""
+"""Ctrl-C, SIGTERM and SIGUSR2 (a scheduler's warning) ask a run to stop: it finishes the step, saves and leaves."""
 
 import os
 import signal
 import sys
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
 
 
 def leave_signals_to_the_main_process(*_) -> None:
@@ -15,9 +15,10 @@ def leave_signals_to_the_main_process(*_) -> None:
 
 
 class StopRequest:
-    """Inside the `with` block, `name` is None until SIGINT or SIGTERM arrives, then the signal's name.
+    """Inside the `with` block, `name` is None until one of the signals arrives, then the signal's name.
 
-    A second SIGINT is KeyboardInterrupt as ever, for a user who will not wait.
+    A second SIGINT is KeyboardInterrupt as ever, for a user who will not wait; not under torchrun, which
+    hands on the SIGINT that the terminal has sent already, and itself ends what does not leave.
     """
 
     def __init__(self):
@@ -37,8 +38,10 @@ class StopRequest:
         return self.name is not None
 
     def _receive(self, number: int, frame) -> None:
-        if self.name is not None and number == signal.SIGINT:
+        if self.name is not None and number == signal.SIGINT and "TORCHELASTIC_RUN_ID" not in os.environ:
             raise KeyboardInterrupt
+        if self.name is not None:
+            return
         self.name = signal.Signals(number).name
         # Not print: the signal may have come in the middle of one.
         os.write(sys.stdout.fileno(), f"\n{self.name}: finishing the step in hand, then saving\n".encode())

@@ -1,0 +1,55 @@
+"""Videos that cannot be read although they could be when the run started."""
+
+import sys
+
+from dataset.table import GONE, VideoTable
+from dataset.video import VideoBatch
+from utils.errors import UserError
+
+# One video in a hundred may rot away in a run of days; more, or many in a row, and it is the storage.
+_MOST_IN_A_HUNDRED = 1
+_ALWAYS_ALLOWED = 10
+_MOST_IN_A_ROW = 8
+
+
+class BrokenVideos:
+    """Says each once, and raises UserError when there are too many to go on."""
+
+    def __init__(self):
+        self._known: set[str] = set()
+        self._unreported: list[str] = []
+        self._in_a_row = 0
+        self._last = ""
+
+    def check(self, batch: VideoBatch, videos: VideoTable) -> None:
+        """Look at what a batch lacks."""
+        for failed in batch.failed:
+            if failed.video != GONE:
+                self._add(failed.error, videos)
+        if len(batch.labels):
+            self._in_a_row = 0
+        if self._in_a_row >= _MOST_IN_A_ROW:
+            raise UserError(
+                f"{self._in_a_row} videos one after another cannot be read, the last: {self._last}; "
+                "is the storage there? --resume auto goes on once it is"
+            )
+
+    def _add(self, error: str, videos: VideoTable) -> None:
+        self._in_a_row += 1
+        self._last = error
+        if error in self._known:
+            return
+        self._known.add(error)
+        self._unreported.append(error)
+        print(f"warning: left out: {error}", file=sys.stderr, flush=True)
+        most = max(_ALWAYS_ALLOWED, len(videos) * _MOST_IN_A_HUNDRED // 100)
+        if len(self._known) > most:
+            raise UserError(
+                f"{len(self._known)} of {len(videos)} videos can no longer be read, the last: {error}; see to the "
+                "storage, then --resume auto goes on without those that are gone"
+            )
+
+    def take(self) -> list[str]:
+        """The lines that were not taken yet."""
+        taken, self._unreported = self._unreported, []
+        return taken
