@@ -37,6 +37,21 @@ def tiny_demo(tmp_path_factory) -> tuple[Path, Path]:
     return generate_demo(tmp_path_factory.mktemp("tiny_demo"), settings, workers=2)
 
 
+@pytest.fixture(scope="session")
+def tiny_lists(tiny_demo, tmp_path_factory) -> dict:
+    """Flags of train_kinetics.py: the same videos as lists."""
+    folder = tmp_path_factory.mktemp("tiny_lists")
+    classes = sorted(path.name for path in tiny_demo[0].iterdir())
+    for part, pattern in (("train", "train*.avi"), ("val", "test*.avi")):
+        lines = [f"{name}/{file.name} {label}" for label, name in enumerate(classes)
+                 for file in sorted((tiny_demo[0] / name).glob(pattern))]  # fmt: skip
+        (folder / f"{part}.txt").write_text("\n".join(lines))
+    return {
+        "--dset": "list", "--train-list": folder / "train.txt", "--val-list": folder / "val.txt",
+        "--data-root": tiny_demo[0],
+    }  # fmt: skip
+
+
 @pytest.fixture
 def flags(tiny_demo, tmp_path):
     """A run of a tiny network on 24 tiny videos."""

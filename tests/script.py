@@ -43,15 +43,20 @@ def metrics(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def start(flags: dict, script: str = "train_fusion.py", processes: int = 1, **more) -> subprocess.Popen:
-    """A script in processes of its own, under torchrun where there are several; stderr goes to stdout."""
-    python = [sys.executable]
+def start(flags: dict) -> subprocess.Popen:
+    """train_fusion.py in a process of its own; stderr goes to stdout."""
+    return start_python(["train_fusion.py", *command_line(flags)])
+
+
+def start_python(arguments: list[str], processes: int = 1) -> subprocess.Popen:
+    """A Python script, under torchrun where there are several processes."""
+    python, environment = [sys.executable], {**os.environ, "PYTHONPATH": str(ROOT)}
     if processes > 1:
         python += ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", str(free_port())]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} if processes > 1 else os.environ
+        environment |= {"OMP_NUM_THREADS": "1", "TORCHELASTIC_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGUSR2"}
     return subprocess.Popen(
-        [*python, script, *command_line(flags)],
-        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, **more,
+        [*python, *arguments],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,
     )  # fmt: skip
 
 

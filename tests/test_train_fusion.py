@@ -111,34 +111,27 @@ def undisturbed(tiny_demo, tmp_path_factory):
 def resumable(tiny_demo, folder: Path) -> dict:
     return {
         "--dset": "hmdb51", "--data-root": tiny_demo[0], "--annotation-path": tiny_demo[1], "--weights": "none",
-        "-T": 4, "--stride": 2, "--size": 32, "-b": 5, "-j": 1, "--epochs": 4, "-lr": 0.001, "--downsample": None,
+        "-T": 4, "--stride": 2, "--size": 32, "-b": 5, "-j": 1, "--epochs": 3, "-lr": 0.001, "--downsample": None,
         "--index-dir": folder / "index", "--run-dir": folder / "run", "--resume": "auto",
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGUSR2])
-def test_killed_at_random_moments_and_resumed_to_the_bit(tiny_demo, tmp_path, undisturbed, kind):
+@pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGINT])
+def test_killed_at_a_random_moment_and_resumed_to_the_bit(tiny_demo, tmp_path, undisturbed, kind):
     flags, run = resumable(tiny_demo, tmp_path), tmp_path / "run"
-    moment = random.Random(f"{kind}")
-    for kill in range(2):
-        process = start(flags)
-        lines = kill + 1  # metrics lines to wait for, so that each try gets further
-        wait_until(lambda lines=lines: (run / "metrics.jsonl").exists() and len(metrics_text(run)) >= lines, process)
-        time.sleep(moment.uniform(0, 1.5))
-        process.send_signal(kind)
-        out, _ = process.communicate(timeout=120)
-        if kind != signal.SIGKILL:
-            assert process.returncode == 0, out
+    process = start(flags)
+    wait_until(lambda: (run / "metrics.jsonl").exists() and len(metrics(run)) >= 1, process)
+    time.sleep(random.Random(f"{kind}").uniform(0, 1.5))
+    process.send_signal(kind)
+    out, _ = process.communicate(timeout=120)
+    if kind != signal.SIGKILL:
+        assert process.returncode == 0, out
     finish(start(flags))
     assert comparable(run) == comparable(undisturbed)
     assert same_weights(run, undisturbed)
     best = [load_checkpoint(folder / "best.pt") for folder in (run, undisturbed)]
     assert best[0]["best"] == best[1]["best"]
     assert not list(run.glob(".*.tmp"))
-
-
-def metrics_text(run: Path) -> list[str]:
-    return (run / "metrics.jsonl").read_text().splitlines()
 
 
 @pytest.mark.parametrize("more", [{}, {"--accumulate": 2}, {"--val-fraction": 0.3}], ids=["plain", "accumulate", "val"])

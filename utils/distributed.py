@@ -107,9 +107,9 @@ class Processes:
         dist.gather_object(lines, parts, dst=0, group=self.control)
         return [line for part in parts for line in part] if self.is_main else []
 
-    def replicate(self, model: nn.Module, device: torch.device) -> nn.Module:
+    def replicate(self, model: nn.Module, device: torch.device, accumulates: bool = False) -> nn.Module:
         """The model to train with: gradients become the mean over all processes. Parameters and buffers
-        start as the main process's."""
+        start as the main process's. accumulates: some backward passes will be under `no_sync`."""
         if self.count == 1:
             return model
         # Buffers are batch norm's running statistics: training does not read them, so they are not sent
@@ -117,9 +117,10 @@ class Processes:
         options = inspect.signature(DistributedDataParallel).parameters
         sync_buffers = "forward_sync_buffers" if "forward_sync_buffers" in options else "broadcast_buffers"
         self.share_buffers(model)
+        # A static graph must be seen synchronised first, which an accumulated step does not begin with.
         return DistributedDataParallel(
             model, device_ids=[device.index] if device.type == "cuda" else None, **{sync_buffers: False},
-            gradient_as_bucket_view=True, static_graph=True,
+            gradient_as_bucket_view=True, static_graph=not accumulates,
         )  # fmt: skip
 
     def share_buffers(self, model: nn.Module) -> None:

@@ -163,7 +163,7 @@ def fit(
     """
     passes = dict(device=device, precision=precision, stride=stride, processes=processes, broken=BrokenVideos())
     processes.from_main(lambda: run.begin(state.position.epoch))
-    network = processes.replicate(state.model, device)
+    network = processes.replicate(state.model, device, accumulates=accumulation_steps > 1)
     clock = _CheckpointClock(checkpoint_minutes)
     pictures: list[Tensor] = []
     first_batch = None if run.has_events() else lambda *batch: pictures.append(key_residual_picture(*batch))

@@ -1,15 +1,19 @@
 """The folder of one run: configuration, metrics, checkpoints, TensorBoard, lists of files left out."""
 
 import contextlib
+import errno
+import fcntl
 import json
 import os
 import platform
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import IO
 
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
@@ -18,6 +22,8 @@ from utils.checkpoint import LAST, kept_checkpoints
 from utils.errors import UserError
 from utils.files import write_atomically
 
+_SECONDS_FOR_ANOTHER_TO_LEAVE = 30
+_locked: dict[Path, IO] = {}  # folder -> its lock file, open
 _PACKAGES = ("torch", "torchvision", "triton", "spikingjelly", "av", "numpy")
 
 
@@ -47,6 +53,7 @@ class RunFolder:
                 f"--run-dir {path}: holds a run already ({earlier[0].name}); continue it with --resume auto, "
                 "replace it with --overwrite, or name another folder"
             )
+        _lock(path)
         self._replace = not resuming
         self._tensorboard = None
         self._first_epoch = 0
@@ -145,6 +152,29 @@ def _leave_disk_errors_to_the_main_thread(details: threading.ExceptHookArgs) -> 
     # TensorBoard's writing thread prints its traceback and hands the error to the next call as well.
     if not issubclass(details.exc_type, OSError):
         threading.__excepthook__(details)
+
+
+def _lock(folder: Path) -> None:
+    """Keep other runs out of the folder for as long as this process lives. One that is just leaving, such as
+    a killed torchrun's, gets the time to."""
+    if folder in _locked:
+        return
+    file = open(folder / ".lock", "w")  # noqa: SIM115 - closing it would unlock
+    for waited in range(_SECONDS_FOR_ANOTHER_TO_LEAVE + 1):
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                break  # a file system without locks
+            if waited == 0:
+                print(f"waiting for another process to leave {folder}", flush=True)
+            if waited == _SECONDS_FOR_ANOTHER_TO_LEAVE:
+                raise UserError(
+                    f"--run-dir {folder}: another process is writing to it; wait for it, or name another folder"
+                ) from error
+            time.sleep(1)
+    _locked[folder] = file
 
 
 def _epoch_of(line: str) -> float:

@@ -15,7 +15,8 @@ def leave_signals_to_the_main_process(*_) -> None:
 
 
 class StopRequest:
-    """Inside the `with` block, `name` is None until one of the signals arrives, then the signal's name.
+    """Inside the `with` block, `name` is None until one of the signals arrives, then the signal's name; the
+    death of torchrun, which should end the processes it started, counts as one.
 
     A second SIGINT is KeyboardInterrupt as ever, for a user who will not wait; not under torchrun, which
     hands on the SIGINT that the terminal has sent already, and itself ends what does not leave.
@@ -24,6 +25,7 @@ class StopRequest:
     def __init__(self):
         self.name: str | None = None
         self._before = {}
+        self._launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
 
     def __enter__(self) -> "StopRequest":
         for number in _SIGNALS:
@@ -35,6 +37,8 @@ class StopRequest:
             signal.signal(number, handler)
 
     def requested(self) -> bool:
+        if self.name is None and self._launcher is not None and os.getppid() != self._launcher:
+            self.name = "the launcher's death"
         return self.name is not None
 
     def _receive(self, number: int, frame) -> None:
