@@ -1,25 +1,32 @@
-"""Start-up on a large data set: the rate of a cold index and the time of a warm one.
+"""Start-up on a large data set: the rate of a cold index, and the time of a warm one and of all before training.
 
-    python -m benchmarks.bench_index ../shared/clips/hmdb51 ../shared/clips/ucf101
+    python -m benchmarks.bench_index ../shared/clips/hmdb51 ../shared/clips/ucf101 ../shared/clips/kinetics400
 
 Makes hard links (or copies, across file systems) of the given folders' videos until there are
 --files of them, in a temporary folder, and looks them up in a new index: cold, over --cold of them,
-once; then warm, over all, five times.
+once; then warm, over all, five times. Last, what train_kinetics.py does with them as lists: read the
+lists, look for the files, look them up, make the loaders.
 """
 
 import argparse
+import contextlib
+import io
 import json
 import os
 import shutil
 import statistics
+import sys
 import tempfile
 import time
 from dataclasses import asdict
 from pathlib import Path
 
+import train_kinetics
 from dataset.index import VideoIndex, _stamp, probe
 from dataset.records import VIDEO_SUFFIXES
 from utils.device import cpu_count
+from utils.distributed import ALONE
+from utils.run_folder import RunFolder
 
 
 def main() -> None:
@@ -63,9 +70,31 @@ def main() -> None:
             times.append(time.perf_counter() - start)
         size = (Path(temporary) / "warm.json").stat().st_size
         assert len(found) == args.files
-        print(
-            json.dumps({"warm_files": args.files, "warm_seconds_median": statistics.median(times), "index_bytes": size})
+        figures = {"warm_files": args.files, "warm_seconds_median": statistics.median(times), "index_bytes": size}
+        figures["start_seconds_median"] = statistics.median(start_of_training(paths, Path(temporary)) for _ in range(5))
+        print(json.dumps(figures))
+
+
+def start_of_training(paths: list[str], folder: Path) -> float:
+    """Seconds of train_kinetics.load_data over these files as two lists, their index at hand."""
+    index = folder / "index"
+    index.mkdir(exist_ok=True)
+    if not (index / "list.json").exists():
+        shutil.copyfile(folder / "warm.json", index / "list.json")
+    cut = len(paths) * 9 // 10
+    for name, part in (("train", paths[:cut]), ("val", paths[cut:])):
+        (folder / f"{name}.txt").write_text(
+            "".join(f"{os.path.basename(path)} {n % 400}\n" for n, path in enumerate(part))
         )
+    flags = f"--dset list --train-list {folder}/train.txt --val-list {folder}/val.txt --index-dir {index} -j 0"
+    sys.argv = ["train_kinetics.py", *flags.split(), "--run-dir", str(folder / "run")]
+    args = train_kinetics.parse_args()
+    run = RunFolder(Path(args.run_dir), resuming=True, overwrite=False)
+    start = time.perf_counter()
+    with contextlib.redirect_stdout(io.StringIO()):
+        data = train_kinetics.load_data(args, run, ALONE, None, pin=False)
+    assert len(data.clip_names) == cut
+    return time.perf_counter() - start
 
 
 if __name__ == "__main__":
