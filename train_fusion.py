@@ -9,7 +9,7 @@ utils/fit.py (epochs, checkpoints) and utils/engine.py (one epoch).
 import argparse
 import os
 from argparse import BooleanOptionalAction
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy
@@ -31,13 +31,14 @@ from models.respike import BRANCHES, FUSIONS
 from models.spiking_resnet import BATCH_NORMS
 from models.sync_batch_norm import synchronise_batch_norm
 from utils.checkpoint import find_checkpoint, load_checkpoint
-from utils.device import choose_device, choose_precision, cpu_count, device_name
+from utils.device import choose_precision, cpu_count, device_name
 from utils.distributed import Processes, join_processes, local_processes
 from utils.engine import TrainPosition, cosine_with_warmup
-from utils.errors import ArgumentParser, UserError, run_script
+from utils.errors import ArgumentParser, UserError
 from utils.fit import TrainingState, fit, in_checkpoint_order, score
 from utils.flags import check_flags
 from utils.run_folder import RunFolder
+from utils.script import run_script
 from utils.seed import seed_all
 
 # ---------------------------------------------------------------------------------------------------
@@ -106,7 +107,7 @@ def parse_args() -> argparse.Namespace:
     add("--seed", type=int, default=1001, help="seed of everything random")
     add("--amp", action=yes_no, default=True,
         help="mixed precision: bf16 where the hardware has it, fp16 on older GPUs; --no-amp is fp32")
-    add("--sync-bn", action=yes_no, default=False, help="batch norm statistics over the clips of all processes")
+    add("--sync-bn", action=yes_no, default=False, help="batch norm statistics of all processes; takes more memory")
     add("--compile", action=yes_no, default=False, help="torch.compile the network")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cuda:1 or cpu")
 
@@ -134,16 +135,16 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> int:
     args = parse_args()
-    device = choose_device(args.device)
-    processes = join_processes(device)
+    device, processes = join_processes(args.device)
     precision = choose_precision(device, args.amp)
     seed_all(args.seed)
     run = processes.from_main(lambda: RunFolder(Path(args.run_dir), continues_run(args), args.overwrite))
     print(f"run folder: {run.path}; {device_name(device)}, {str(precision or torch.float32).removeprefix('torch.')}")
-    resumed = processes.from_main(lambda: find_checkpoint(args.resume, run.path))
+    resumed = processes.from_main(lambda: find_checkpoint(args.resume, run.path, needed=args.test_only))
 
-    data = load_data(args, run, processes, resumed, pin=device.type == "cuda")
-    state = processes.together(lambda: build(args, run, data, device, processes, resumed))
+    videos = processes.from_main(lambda: find_videos(args, run, resumed))
+    data = processes.together(lambda: load_data(args, *videos, processes, resumed, pin=device.type == "cuda"))
+    state = processes.together(lambda: build(args, data, device, processes, resumed))
     resumed = None  # as large as the network and its optimizer
     passes = dict(device=device, precision=precision, stride=args.stride, processes=processes)
     if args.test_only:
@@ -194,8 +195,10 @@ class Data:
     protocol: dict  # how a test figure came about
 
 
-def load_data(args: argparse.Namespace, run: RunFolder, processes: Processes, resumed, pin: bool) -> Data:
-    classes, train, val, test = processes.from_main(lambda: find_videos(args, run))
+def load_data(
+    args: argparse.Namespace, classes: list[str], train: VideoTable, val: VideoTable, test: VideoTable,
+    processes: Processes, resumed: tuple[Path, dict] | None, pin: bool,
+) -> Data:  # fmt: skip
     sampling = WindowSampling(args.time, args.frame_stride, args.views)
     dataset = dict(sampling=sampling, seed=args.seed, strict=args.strict)
     share = dict(rank=processes.rank, processes=processes.count)
@@ -209,9 +212,9 @@ def load_data(args: argparse.Namespace, run: RunFolder, processes: Processes, re
 
     clips = every_clip(train, sampling, PUBLISHED_CLIP_STEP) if args.clips_per_video == "all" else drawn_clips(train)
     names = clip_names(train, clips)
-    if resumed is not None:
+    if resumed is not None and not args.test_only:
         clips, names = in_checkpoint_order(train, clips, *resumed)
-    if len(clips) < processes.count:
+    if len(clips) < processes.count and not args.test_only:
         raise UserError(f"{len(clips)} training clips cannot be shared out to {processes.count} processes; start fewer")
     transforms = [train_transform(args.size, FLIP[args.dset], CROP_AREA[args.dset])]
     batches = TrainBatches(len(clips), args.batch_size, args.seed, **share)
@@ -235,17 +238,21 @@ def load_data(args: argparse.Namespace, run: RunFolder, processes: Processes, re
     )  # fmt: skip
 
 
-def find_videos(args: argparse.Namespace, run: RunFolder) -> tuple[list[str], VideoTable, VideoTable, VideoTable]:
+def find_videos(
+    args: argparse.Namespace, run: RunFolder, resumed: tuple[Path, dict] | None
+) -> tuple[list[str], VideoTable, VideoTable, VideoTable]:
     """(classes, videos to train, to validate, to test on), read by one process for all."""
     split = read_split(args)
+    if args.test_only:
+        split = replace(split, train=[])
     index = VideoIndex(Path(args.index_dir) / f"{args.dset}.json")
     infos = index.lookup([record.path for record in split.train + split.test], workers=cpu_count())
     report_files(run, split, infos, args.strict)
     split = drop(split, [path for path, info in infos.items() if info.error])
-    if not split.train or not split.test:
+    if not split.test or not (split.train or args.test_only):
         raise UserError(f"{run.path / 'unreadable.txt'}: no readable video is left to train or to test on")
     train, val = split.train, []
-    if args.val_fraction > 0:
+    if args.val_fraction > 0 and not args.test_only:
         train, val = cut_validation(split.train, args.val_fraction, args.seed)
     tables = [VideoTable(part, [infos[record.path] for record in part]) for part in (train, val, split.test)]
     return split.classes, *tables
@@ -264,7 +271,7 @@ def read_split(args: argparse.Namespace) -> Split:
 
 
 def build(
-    args: argparse.Namespace, run: RunFolder, data: Data, device: torch.device, processes: Processes, resumed
+    args: argparse.Namespace, data: Data, device: torch.device, processes: Processes, resumed: tuple[Path, dict] | None
 ) -> TrainingState:
     network = dict(
         backbone=args.model, num_classes=len(data.classes), stride=args.stride, downsample=args.downsample,
@@ -272,7 +279,7 @@ def build(
     )  # fmt: skip
     # The other processes take the main one's weights (Processes.replicate).
     model = ReSpike(**network, weights=args.weights if resumed is None and processes.is_main else None)
-    if args.sync_bn:
+    if args.sync_bn and processes.count > 1:
         synchronise_batch_norm(model)
     model = model.to(device, memory_format=torch.channels_last)
     print(f"network: {sum(p.numel() for p in model.parameters()):,} parameters, {len(data.classes)} classes")
@@ -287,7 +294,7 @@ def build(
         position=TrainPosition(args.start_epoch),
     )  # fmt: skip
     if resumed is not None:
-        state.restore(*resumed, run, NOT_TRAINING_FLAGS)
+        state.restore(*resumed, NOT_TRAINING_FLAGS)
     if args.compile:
         model.compile()
     return state

@@ -18,7 +18,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from dataset.index import VideoIndex
-from dataset.lists import VideoList, read_lists
+from dataset.lists import VideoList, read_label_map, read_lists
 from dataset.order import TestBatches, TrainBatches
 from dataset.records import drop
 from dataset.report import report_files
@@ -32,13 +32,14 @@ from models.respike import BRANCHES, FUSIONS
 from models.spiking_resnet import BATCH_NORMS
 from models.sync_batch_norm import synchronise_batch_norm
 from utils.checkpoint import find_checkpoint
-from utils.device import choose_device, choose_precision, cpu_count, device_name
+from utils.device import choose_precision, cpu_count, device_name
 from utils.distributed import Processes, join_processes, local_processes
 from utils.engine import TrainPosition, cosine_with_warmup
-from utils.errors import ArgumentParser, UserError, run_script
+from utils.errors import ArgumentParser, UserError
 from utils.fit import TrainingState, fit, in_checkpoint_order, score
 from utils.flags import check_flags
 from utils.run_folder import RunFolder
+from utils.script import run_script
 from utils.seed import seed_all
 
 # ---------------------------------------------------------------------------------------------------
@@ -111,7 +112,7 @@ def parse_args() -> argparse.Namespace:
     add("--seed", type=int, default=1001, help="seed of everything random")
     add("--amp", action=yes_no, default=True,
         help="mixed precision: bf16 where the hardware has it, fp16 on older GPUs; --no-amp is fp32")
-    add("--sync-bn", action=yes_no, default=False, help="batch norm statistics over the clips of all processes")
+    add("--sync-bn", action=yes_no, default=False, help="batch norm statistics of all processes; takes more memory")
     add("--compile", action=yes_no, default=False, help="torch.compile the network")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cuda:1 or cpu")
 
@@ -127,14 +128,15 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     check_flags(args)
     for flag, default in {"train_list": TRAIN_LIST, "val_list": VAL_LIST}.items():
-        if getattr(args, flag) is None and args.dset not in default:
+        needed = not (args.test_only and flag == "train_list")
+        if needed and getattr(args, flag) is None and args.dset not in default:
             raise UserError(f"--{flag.replace('_', '-')}: --dset {args.dset} needs it, a file of lines `path label`")
     if args.num_classes is not None and args.num_classes < 1:
         raise UserError(f"--num-classes must be at least 1, got {args.num_classes}")
     if args.sampling == "segments" and args.frame_stride != 1:
         raise UserError("--frame-stride: segments cover the whole video; it goes with --sampling window")
     if args.run_dir is None:
-        name = args.dset if args.dset != "list" else Path(args.train_list).stem
+        name = args.dset if args.dset != "list" else Path(args.train_list or args.val_list).stem
         variant = "downsample" if args.downsample else "full"
         args.run_dir = (
             f"runs/{name}-{args.model}-{args.branches}-{args.fusion}-{variant}"
@@ -145,16 +147,16 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> int:
     args = parse_args()
-    device = choose_device(args.device)
-    processes = join_processes(device)
+    device, processes = join_processes(args.device)
     precision = choose_precision(device, args.amp)
     seed_all(args.seed)
     run = processes.from_main(lambda: RunFolder(Path(args.run_dir), continues_run(args), args.overwrite))
     print(f"run folder: {run.path}; {device_name(device)}, {str(precision or torch.float32).removeprefix('torch.')}")
-    resumed = processes.from_main(lambda: find_checkpoint(args.resume, run.path))
+    resumed = processes.from_main(lambda: find_checkpoint(args.resume, run.path, needed=args.test_only))
 
-    data = load_data(args, run, processes, resumed, pin=device.type == "cuda")
-    state = processes.together(lambda: build(args, run, data, device, processes, resumed))
+    videos = processes.from_main(lambda: find_videos(args, run, resumed))
+    data = processes.together(lambda: load_data(args, *videos, processes, resumed, pin=device.type == "cuda"))
+    state = processes.together(lambda: build(args, data, device, processes, resumed))
     resumed = None  # as large as the network and its optimizer
     passes = dict(device=device, precision=precision, stride=args.stride, processes=processes)
     if args.test_only:
@@ -198,8 +200,10 @@ class Data:
     protocol: dict  # how a test figure came about
 
 
-def load_data(args: argparse.Namespace, run: RunFolder, processes: Processes, resumed, pin: bool) -> Data:
-    classes, train, val = processes.from_main(lambda: find_videos(args, run))
+def load_data(
+    args: argparse.Namespace, classes: list[str], train: VideoTable, val: VideoTable,
+    processes: Processes, resumed: tuple[Path, dict] | None, pin: bool,
+) -> Data:  # fmt: skip
     sampling = SegmentSampling(args.time, args.views)
     if args.sampling == "window":
         sampling = WindowSampling(args.time, args.frame_stride, args.views)
@@ -208,9 +212,9 @@ def load_data(args: argparse.Namespace, run: RunFolder, processes: Processes, re
 
     clips = drawn_clips(train)
     names = clip_names(train, clips)
-    if resumed is not None:
+    if resumed is not None and not args.test_only:
         clips, names = in_checkpoint_order(train, clips, *resumed)
-    if len(clips) < processes.count:
+    if len(clips) < processes.count and not args.test_only:
         raise UserError(f"{len(clips)} training clips cannot be shared out to {processes.count} processes; start fewer")
     transforms = [multi_scale_transform(args.size, args.flip)]
     batches = TrainBatches(len(clips), args.batch_size, args.seed, **share)
@@ -233,7 +237,9 @@ def load_data(args: argparse.Namespace, run: RunFolder, processes: Processes, re
     return Data(classes, train_loader, names, val_loader, fingerprint(val, val_clips), protocol)
 
 
-def find_videos(args: argparse.Namespace, run: RunFolder) -> tuple[list[str], VideoTable, VideoTable]:
+def find_videos(
+    args: argparse.Namespace, run: RunFolder, resumed: tuple[Path, dict] | None
+) -> tuple[list[str], VideoTable, VideoTable]:
     """(classes, videos to train on, to test on), read by one process for all."""
 
     def named(part: str, lists: dict, roots: dict) -> VideoList:
@@ -241,15 +247,18 @@ def find_videos(args: argparse.Namespace, run: RunFolder) -> tuple[list[str], Vi
         root = getattr(args, f"{part}_root") or args.data_root or roots.get(args.dset, file.parent)
         return VideoList(part, file, Path(root))
 
-    split = read_lists(
-        named("train", TRAIN_LIST, TRAIN_ROOT), named("val", VAL_LIST, VAL_ROOT),
-        Path(args.label_map) if args.label_map else None, args.num_classes,
-    )  # fmt: skip
+    train = None if args.test_only else named("train", TRAIN_LIST, TRAIN_ROOT)
+    class_names = None
+    if args.label_map is not None:
+        class_names = read_label_map(Path(args.label_map))
+    elif args.test_only:  # a list of few videos need not name all classes
+        class_names = resumed[1]["model_settings"]["classes"]
+    split = read_lists(train, named("val", VAL_LIST, VAL_ROOT), class_names, args.num_classes)
     index = VideoIndex(Path(args.index_dir) / f"{args.dset}.json")
     infos = index.lookup([record.path for record in split.train + split.test], workers=cpu_count())
     report_files(run, split, infos, args.strict)
     split = drop(split, [path for path, info in infos.items() if info.error])
-    if not split.train or not split.test:
+    if not split.test or not (split.train or args.test_only):
         raise UserError(f"{run.path / 'unreadable.txt'}: no readable video is left to train or to test on")
     tables = [VideoTable(part, [infos[record.path] for record in part]) for part in (split.train, split.test)]
     return split.classes, *tables
@@ -259,7 +268,7 @@ def find_videos(args: argparse.Namespace, run: RunFolder) -> tuple[list[str], Vi
 
 
 def build(
-    args: argparse.Namespace, run: RunFolder, data: Data, device: torch.device, processes: Processes, resumed
+    args: argparse.Namespace, data: Data, device: torch.device, processes: Processes, resumed: tuple[Path, dict] | None
 ) -> TrainingState:
     network = dict(
         backbone=args.model, num_classes=len(data.classes), stride=args.stride, downsample=args.downsample,
@@ -267,7 +276,7 @@ def build(
     )  # fmt: skip
     # The other processes take the main one's weights (Processes.replicate).
     model = ReSpike(**network, weights=args.weights if resumed is None and processes.is_main else None)
-    if args.sync_bn:
+    if args.sync_bn and processes.count > 1:
         synchronise_batch_norm(model)
     model = model.to(device, memory_format=torch.channels_last)
     print(f"network: {sum(p.numel() for p in model.parameters()):,} parameters, {len(data.classes)} classes")
@@ -282,7 +291,7 @@ def build(
         position=TrainPosition(args.start_epoch),
     )  # fmt: skip
     if resumed is not None:
-        state.restore(*resumed, run, NOT_TRAINING_FLAGS)
+        state.restore(*resumed, NOT_TRAINING_FLAGS)
     if args.compile:
         model.compile()
     return state

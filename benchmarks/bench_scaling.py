@@ -40,12 +40,9 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    device = torch.device(args.device)
-    if device.type == "cuda" and "LOCAL_RANK" in os.environ:
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     if args.processes and int(os.environ.get("WORLD_SIZE", "1")) == 1:
         torch.set_num_threads(1)
-    processes = join_processes(device)
+    device, processes = join_processes(args.device)
     precision = choose_precision(device, amp=True)
     print(
         f"{device_name(device)}, {torch.get_num_threads()} threads each; torch {torch.__version__}; {args.model}, "

@@ -11,7 +11,7 @@ import os
 import time
 import zlib
 from collections.abc import Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -30,6 +30,7 @@ _FRAMES_CHECKED_AFTER_A_SEEK = 8
 # Nearer seek points save less than they cost; a file of keyframes only would be all seek points.
 _FRAMES_BETWEEN_SEEK_POINTS = 10
 _SECONDS_BETWEEN_SAVES = 60.0
+_FILES_WORTH_THREADS = 20_000
 
 
 @dataclass(frozen=True)
@@ -126,19 +127,22 @@ class VideoIndex:
     def lookup(self, paths: Sequence[str], workers: int) -> dict[str, VideoInfo]:
         """What is in each file, by path; a file that cannot be read has `error` set."""
         keys = {path: os.path.abspath(path) for path in paths}
-        stamps = {path: _stamp(path) for path in paths}
+        stamps = dict(zip(paths, _stamps(paths), strict=True))
         stale = [path for path in stamps if not self._serves(keys[path], stamps[path])]
-        if stale:
+        before = {path: self._entries.get(keys[path]) for path in stale}
+        if any(entry is None or entry[0] != stamps[path] for path, entry in before.items()):
             self._save()  # a cache that cannot be written is better known before hours of decoding
+        if stale:
             saved = time.monotonic()
             try:
                 for path, info in _probe_all(stale, max(1, workers)):
-                    self._entries[keys[path]] = [stamps[path], asdict(info)]
+                    self._entries[keys[path]] = [stamps[path], _info_to_json(info)]
                     if time.monotonic() > saved + _SECONDS_BETWEEN_SAVES:
                         self._save()
                         saved = time.monotonic()
             finally:  # an interrupted start keeps what it found
-                self._save()
+                if any(self._entries.get(keys[path]) != entry for path, entry in before.items()):
+                    self._save()
         return {path: _info_from_json(self._entries[key][1]) for path, key in keys.items()}
 
     def _serves(self, key: str, stamp: list[int]) -> bool:
@@ -172,12 +176,24 @@ def _read_cache(cache_file: Path) -> dict[str, list]:
     return content["files"]
 
 
+def _stamps(paths: Sequence[str]) -> list[list[int]]:
+    if len(paths) < _FILES_WORTH_THREADS:
+        return [_stamp(path) for path in paths]
+    # A network drive answers late, but many at a time.
+    with ThreadPoolExecutor(32) as pool:
+        return list(pool.map(_stamp, paths, chunksize=256))
+
+
 def _stamp(path: str) -> list[int]:
     try:
         status = os.stat(path)
     except OSError:
         return [-1, -1]
     return [status.st_size, status.st_mtime_ns]
+
+
+def _info_to_json(info: VideoInfo) -> dict:
+    return {**asdict(info), "seek_points": [list(point) for point in info.seek_points]}
 
 
 def _info_from_json(value: dict) -> VideoInfo:

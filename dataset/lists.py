@@ -34,18 +34,18 @@ class _Entry:
 
 
 def read_lists(
-    train: VideoList, test: VideoList, label_map: Path | None = None, num_classes: int | None = None
+    train: VideoList | None, test: VideoList, class_names: list[str] | None = None, num_classes: int | None = None
 ) -> Split:
-    """The videos of two lists that are on disk.
+    """The videos of two lists that are on disk; `train` None gives none to train on.
 
     A path without an extension, or with one under which there is no file, takes that of the file of
-    this name that is there. Classes are the lines of `label_map`; without one, `num_classes` numbers;
+    this name that is there. Classes are `class_names`, a label map's; without, `num_classes` numbers;
     without either, as many as the largest label needs, or the csv's names in alphabetical order. Raises
     UserError naming file and line of what is malformed.
     """
-    entries = {part: _read_list(part) for part in (train, test)}
+    entries = {part: _read_list(part) for part in (train, test) if part is not None}
     labels = [entry.label for listed in entries.values() for entry in listed]
-    classes = _classes(labels, label_map, num_classes)
+    classes = _classes(labels, class_names, num_classes)
     numbers = {name: number for number, name in enumerate(classes)}
     records: dict[VideoList, list[VideoRecord]] = {}
     missing = []
@@ -53,12 +53,12 @@ def read_lists(
         records[part] = []
         files = _Files(part.root)
         for entry in listed:
-            label = _number(entry, part, classes, numbers, label_map, num_classes)
+            label = _number(entry, part, classes, numbers)
             path = files.find(entry.names)
             if path is None:
                 missing.append(os.path.join(part.root, entry.names[0]))
             else:
-                records[part].append(VideoRecord(path, label, entry.group))
+                records[part].append(VideoRecord(path, label, entry.group, entry.names[0]))
         if not records[part]:
             raise UserError(
                 f"--{part.flag}-list {part.file}: none of its {len(listed)} videos is under --{part.flag}-root "
@@ -66,10 +66,11 @@ def read_lists(
             )
         if files.other_suffix:
             print(f"data: {files.other_suffix} videos of {part.file} are on disk with another extension than listed")
-    both = {record.path for record in records[train]} & {record.path for record in records[test]}
+    training = records.get(train, [])
+    both = {record.path for record in training} & {record.path for record in records[test]}
     if both:
         print(f"note: {len(both)} videos are both trained and tested on, the first: {min(both)}")
-    return Split(classes, records[train], records[test], missing, unlisted=[])
+    return Split(classes, training, records[test], missing, unlisted=[])
 
 
 def read_label_map(file: Path) -> list[str]:
@@ -101,13 +102,13 @@ def _csv_entries(part: VideoList, lines: list[tuple[int, str]]) -> Iterator[_Ent
     for wanted in ("label", "youtube_id", "time_start", "time_end"):
         if wanted not in columns:
             raise UserError(f"{part.file}:{lines[0][0]}: expected a column {wanted}, found {', '.join(columns)}")
-    for (number, line), values in zip(lines[1:], csv.reader([line for _, line in lines[1:]]), strict=True):
-        row = dict(zip(columns, values, strict=False))
+    for number, line in lines[1:]:
         try:
+            row = dict(zip(columns, next(csv.reader([line])), strict=True))
             start, end = int(float(row["time_start"])), int(float(row["time_end"]))
-            label, video = row["label"], row["youtube_id"]
-        except (KeyError, ValueError) as error:
+        except (ValueError, OverflowError, csv.Error) as error:
             raise UserError(f"{part.file}:{number}: expected {','.join(columns)}, found `{line}`") from error
+        label, video = row["label"], row["youtube_id"]
         # The usual download scripts name a file for its cut, or for the video alone, in a folder a class or in one.
         folders = (label, label.replace(" ", "_"), "")
         stems = (f"{video}_{start:06d}_{end:06d}", video)
@@ -123,13 +124,16 @@ def _text_entries(part: VideoList, lines: list[tuple[int, str]]) -> list[_Entry]
             raise UserError(
                 f"{part.file}:{number}: expected `path label` or `path frames label`, the label from 0, found `{line}`"
             )
-    with_frames = all(_ends_in_integers(line, 2, separator) for _, line in lines)
+    odd = [(number, line) for number, line in lines if not _ends_in_integers(line, 2, separator)]
+    with_frames = 2 * len(odd) < len(lines)
     if with_frames and separator is None:
         with_frames = not _names_end_in_integers(part, [line for _, line in lines])
+    if with_frames and odd:
+        raise UserError(f"{part.file}:{odd[0][0]}: expected `path frames label` as in other lines, found `{odd[0][1]}`")
     entries = []
     for number, line in lines:
         name, *_, label = line.rsplit(separator, 2 if with_frames else 1)
-        name = name.strip()
+        name = name.strip().rstrip(",").rstrip()
         entries.append(_Entry(number, (name,), int(label), os.path.splitext(os.path.basename(name))[0]))
     return entries
 
@@ -147,34 +151,30 @@ def _names_end_in_integers(part: VideoList, lines: list[str]) -> bool:
     return found[0] > found[1]
 
 
-def _classes(labels: list[int | str], label_map: Path | None, num_classes: int | None) -> list[str]:
-    if label_map is not None:
-        classes = read_label_map(label_map)
-        if num_classes not in (None, len(classes)):
-            raise UserError(f"--num-classes {num_classes}: --label-map {label_map} has {len(classes)} classes")
-        return classes
+def _classes(labels: list[int | str], class_names: list[str] | None, num_classes: int | None) -> list[str]:
+    if class_names is not None:
+        if num_classes not in (None, len(class_names)):
+            raise UserError(f"--num-classes {num_classes}: the label map has {len(class_names)} classes")
+        return class_names
     names = sorted({label for label in labels if isinstance(label, str)})
     if names:
         if len(names) < len(set(labels)):
-            raise UserError(
-                "--train-list and --val-list: one names its classes, the other numbers them; give --label-map"
-            )
+            raise UserError("the lists: one names its classes, the other numbers them; give --label-map")
         if num_classes not in (None, len(names)):
             raise UserError(f"--num-classes {num_classes}: the lists name {len(names)} classes; give --label-map")
         return names
     return [str(number) for number in range(num_classes or max(labels) + 1)]
 
 
-def _number(entry: _Entry, part: VideoList, classes, numbers, label_map: Path | None, num_classes: int | None) -> int:
+def _number(entry: _Entry, part: VideoList, classes: list[str], numbers: dict[str, int]) -> int:
     label = entry.label
     if isinstance(label, str):
         label = numbers.get(label, numbers.get(label.replace(" ", "_")))
         if label is None:
-            raise UserError(f"{part.file}:{entry.line}: class `{entry.label}` is not in --label-map {label_map}")
+            raise UserError(f"{part.file}:{entry.line}: class `{entry.label}` is not in the label map")
     elif label >= len(classes):
-        source = f"--label-map {label_map}" if label_map is not None else f"--num-classes {num_classes}"
         raise UserError(
-            f"{part.file}:{entry.line}: label {label}, but {source} gives {len(classes)} classes, counted from 0"
+            f"{part.file}:{entry.line}: label {label}, but there are {len(classes)} classes, counted from 0"
         )
     return label
 

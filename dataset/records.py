@@ -21,6 +21,7 @@ class VideoRecord:
     path: str
     label: int
     group: str  # source of the video: clips of one source must not be on both sides of a split
+    name: str = ""  # its path in the data set, wherever that is; the path itself if not given
 
 
 @dataclass(frozen=True)
@@ -176,7 +177,7 @@ def _match(data_root: Path, classes: list[str], listed: list[tuple[str, int, str
         if name not in on_disk:
             missing.append(name)
         elif part is not None:
-            parts[part].append(VideoRecord(str(data_root / name), label, group(name)))
+            parts[part].append(VideoRecord(str(data_root / name), label, group(name), name))
     if not listed:
         raise UserError(f"{what}: the lists name no video")
     if not parts["train"] and not parts["test"]:

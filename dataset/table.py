@@ -9,7 +9,6 @@ import hashlib
 import os
 from collections import defaultdict, deque
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy
 
@@ -22,12 +21,13 @@ GONE = -1  # a clip's video: it was there when the run started
 
 
 class VideoTable:
-    """Path, label, number of frames and seek points of each video."""
+    """Path, name, label, number of frames and seek points of each video."""
 
     def __init__(self, records: Sequence[VideoRecord], infos: Sequence[VideoInfo]):
         paths = [os.fsencode(record.path) for record in records]
         self._paths = numpy.frombuffer(b"".join(paths), dtype=numpy.uint8)
         self._path_ends = numpy.cumsum([len(path) for path in paths], dtype=numpy.int64)
+        self.names = numpy.array([_number_of(record.name or record.path) for record in records], dtype=numpy.int64)
         self.labels = numpy.array([record.label for record in records], dtype=numpy.int64)
         self.frames = numpy.array([info.frames for info in infos], dtype=numpy.int64)
         points = [point for info in infos for point in info.seek_points]
@@ -85,16 +85,15 @@ def count_short(videos: VideoTable, sampling) -> int:
 
 
 def clip_names(videos: VideoTable, clips: numpy.ndarray) -> numpy.ndarray:
-    """int64 [clips]: a name for each clip that holds from one start to the next and, as the folder the
-    videos are in does not count, from one machine to another."""
-    stems = {}
-    names = numpy.empty(len(clips), dtype=numpy.int64)
-    for number, (video, place, crop) in enumerate(clips.tolist()):
-        if video not in stems:
-            stems[video] = "/".join(Path(videos.path(video)).parts[-2:])
-        digest = hashlib.blake2b(os.fsencode(f"{stems[video]}@{place}/{crop}"), digest_size=8).digest()
-        names[number] = int.from_bytes(digest, "little", signed=True)
-    return names
+    """int64 [clips]: a name for each clip that holds from one start to the next and, as the folder that the
+    data set is in does not count, from one machine to another."""
+    own = videos.names.tolist()
+    return numpy.array([_number_of(f"{own[v]}@{place}/{crop}") for v, place, crop in clips.tolist()], dtype=numpy.int64)
+
+
+def _number_of(text: str) -> int:
+    digest = hashlib.blake2b(os.fsencode(text), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
 
 
 def fingerprint(videos: VideoTable, clips: numpy.ndarray) -> str:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from dataset.decode import VideoError, decode_frames
 from dataset.table import DRAWN, GONE, VideoTable
@@ -20,6 +20,8 @@ from utils.stopping import leave_signals_to_the_main_process
 
 # A file that cannot be read now may be readable again after a network drive's hiccup.
 RETRY_SECONDS = (1.0, 5.0)
+# After so many in a row it is no hiccup, and waiting would keep the run from noticing.
+_WORTH_WAITING_IN_A_ROW = 2
 
 
 class FailedVideo(NamedTuple):
@@ -58,6 +60,7 @@ class VideoDataset(Dataset):
         self._seed = seed
         self._strict = strict
         self._given_up: set[int] = set()  # videos that are not worth the wait again
+        self._failed_in_a_row = 0
         self._latest: tuple[tuple[int, int], numpy.ndarray] | None = None
 
     def __len__(self) -> int:
@@ -97,17 +100,20 @@ class VideoDataset(Dataset):
     def _decode(self, video: int, indices: list[int]) -> numpy.ndarray:
         """uint8 [T, H, W, 3]"""
         path, seek_points = self.videos.path(video), self.videos.seek_points(video)
-        waits = () if video in self._given_up else RETRY_SECONDS
-        for seconds in waits:
+        hopeless = video in self._given_up or self._failed_in_a_row >= _WORTH_WAITING_IN_A_ROW
+        waits = iter(() if hopeless else RETRY_SECONDS)
+        while True:
             try:
-                return decode_frames(path, indices, seek_points)
+                frames = decode_frames(path, indices, seek_points)
+                self._failed_in_a_row = 0
+                return frames
             except VideoError:
+                seconds = next(waits, None)
+                if seconds is None:
+                    self._given_up.add(video)
+                    self._failed_in_a_row += 1
+                    raise
                 time.sleep(seconds)
-        try:
-            return decode_frames(path, indices, seek_points)
-        except VideoError:
-            self._given_up.add(video)
-            raise
 
 
 def collate(samples: list[tuple[Tensor, int, int] | FailedVideo]) -> VideoBatch:
@@ -119,7 +125,13 @@ def collate(samples: list[tuple[Tensor, int, int] | FailedVideo]) -> VideoBatch:
     clips, labels, videos = zip(*samples, strict=True)
     # Stacked as they were decoded, colour last, and only seen as [B, T, 3, H, W]: no transposed copy
     # on the way to the device, where the network wants it channels-last again.
-    stacked = torch.stack([clip.permute(0, 2, 3, 1) for clip in clips])  # [B, T, H, W, 3]
+    clips = [clip.permute(0, 2, 3, 1) for clip in clips]
+    stacked = torch.empty(len(clips), *clips[0].shape, dtype=torch.uint8)  # [B, T, H, W, 3]
+    if get_worker_info() is not None:
+        # Into the memory that the main process will read. Left to the queue that takes the batch there, it
+        # would be copied once more, and a full /dev/shm would be an error that nobody hears of.
+        stacked.share_memory_()
+    torch.stack(clips, out=stacked)
     return VideoBatch(stacked.permute(0, 1, 4, 2, 3), torch.tensor(labels), torch.tensor(videos), failed)
 
 

@@ -49,7 +49,7 @@ class Double(nn.Module):
 
 
 def compute(folder: str, out: str) -> None:
-    processes = join_processes(CPU)
+    _, processes = join_processes("cpu")
     results = {"counts": count(folder, processes)}
     if 8 % processes.count == 0:
         for batch_norm in ("fixed", "per-step", "merged"):

@@ -14,7 +14,7 @@ import torch
 
 import train_fusion
 from utils.checkpoint import load_checkpoint
-from utils.errors import run_script
+from utils.script import run_script
 
 ROOT = Path(__file__).parents[1]
 

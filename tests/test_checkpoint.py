@@ -11,15 +11,15 @@ from utils.checkpoint import (
     find_checkpoint,
     kept_checkpoints,
     load_checkpoint,
-    make_room,
     save_checkpoint,
 )
 from utils.errors import UserError
 from utils.seed import random_state, seed_all, set_random_state
 
 
-def save(path, value=1.0):
-    save_checkpoint(path, {"model_settings": {"backbone": "resnet18"}, "model": {"w": torch.full((100,), value)}})
+def save(path, value=1.0, keep=1):
+    weights = {"w": torch.full((100,), value)}
+    save_checkpoint(path, {"model_settings": {"backbone": "resnet18"}, "model": weights, "best": value}, keep)
 
 
 def test_round_trip(tmp_path):
@@ -112,18 +112,23 @@ def value_of(path) -> float:
 def test_the_newest_are_kept(tmp_path, monkeypatch, keep, links):
     if not links:
         monkeypatch.setattr(os, "link", lambda *args: (_ for _ in ()).throw(OSError(errno.EPERM, "no links here")))
+    replace = os.replace
+
+    def watched(source, target):
+        kept = [value_of(path) for path in kept_checkpoints(tmp_path)]
+        assert value == 0 or value - 1 in kept  # a kill here loses nothing
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", watched)
     for value in range(6):
-        make_room(tmp_path, keep)
-        assert value == 0 or value_of(kept_checkpoints(tmp_path)[0]) == value - 1  # a kill here loses nothing
-        save(tmp_path / "last.pt", float(value))
+        save(tmp_path / "last.pt", float(value), keep)
     assert [value_of(path) for path in kept_checkpoints(tmp_path)] == [5.0 - number for number in range(keep)]
     assert len(list(tmp_path.iterdir())) == keep
 
 
 def test_fewer_are_kept_when_asked_for_fewer(tmp_path):
     for value, keep in enumerate((4, 4, 4, 2)):
-        make_room(tmp_path, keep)
-        save(tmp_path / "last.pt", float(value))
+        save(tmp_path / "last.pt", float(value), keep)
     assert [path.name for path in kept_checkpoints(tmp_path)] == ["last.pt", "last-1.pt"]
 
 
@@ -140,18 +145,45 @@ def test_a_flipped_bit_is_noticed(tmp_path):
 
 def test_auto_takes_the_one_before_a_damaged_one(tmp_path, capsys):
     for value in range(3):
-        make_room(tmp_path, 3)
-        save(tmp_path / "last.pt", float(value))
+        save(tmp_path / "last.pt", float(value), keep=3)
     os.truncate(tmp_path / "last.pt", (tmp_path / "last.pt").stat().st_size // 2)
     path, state = find_checkpoint("auto", tmp_path)
     assert path.name == "last-1.pt" and state["model"]["w"][0] == 1.0
     said = capsys.readouterr().out
     assert "last.pt is damaged" in said and "last.damaged" in said and "going on from last-1.pt" in said
     # The damaged one takes no whole one's place when the next is written.
-    make_room(tmp_path, 3)
-    save(tmp_path / "last.pt", 9.0)
+    save(tmp_path / "last.pt", 9.0, keep=3)
     assert [value_of(path) for path in kept_checkpoints(tmp_path)] == [9.0, 1.0, 0.0]
     assert (tmp_path / "last.damaged").exists()
+
+
+def test_a_save_that_fails_costs_no_earlier_one(tmp_path, monkeypatch):
+    for value in range(3):
+        save(tmp_path / "last.pt", float(value), keep=3)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", lambda file: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
+        for _ in range(2):
+            with pytest.raises(UserError, match="the earlier one is untouched"):
+                save(tmp_path / "last.pt", 9.0, keep=3)
+    assert [value_of(path) for path in kept_checkpoints(tmp_path)] == [2.0, 1.0, 0.0]
+
+
+def test_a_disk_that_cannot_be_read_is_no_damage(tmp_path, monkeypatch):
+    for value in range(2):
+        save(tmp_path / "last.pt", float(value), keep=2)
+    monkeypatch.setattr(torch, "load", lambda *args, **more: (_ for _ in ()).throw(OSError(errno.EIO, "I/O error")))
+    with pytest.raises(UserError, match=r"last\.pt: the checkpoint cannot be read"):
+        find_checkpoint("auto", tmp_path)
+    assert (tmp_path / "last.pt").exists()
+
+
+def test_the_best_is_what_best_pt_says(tmp_path):
+    save(tmp_path / "last.pt", 1.0)
+    assert find_checkpoint("auto", tmp_path)[1]["best"] is None  # its weights are gone
+    save(tmp_path / "best.pt", 7.0)
+    assert find_checkpoint("auto", tmp_path)[1]["best"] == 7.0
+    assert find_checkpoint(str(tmp_path / "last.pt"), tmp_path)[1]["best"] == 7.0
+    assert find_checkpoint(str(tmp_path / "last.pt"), tmp_path / "another")[1]["best"] is None
 
 
 def test_auto_with_nothing_or_nothing_whole(tmp_path, capsys):

@@ -86,7 +86,7 @@ def train(model, epochs=1, loader=None, position=None, lr=0.1, **more):
 def test_training_learns_and_evaluation_agrees():
     model = Net()
     first = train(model)
-    assert set(first) == {"train_loss", "train_clip_top1", "clips_per_second", "data_wait_share"}
+    assert set(first) == {"train_loss", "train_clip_top1", "train_clips", "clips_per_second", "data_wait_share"}
     last = train(model, epochs=30)
     assert last["train_loss"] < 0.7 * first["train_loss"]
     scores = evaluate(model, make_loader(7, shuffle=False), 3, device=CPU, precision=None, stride=4, task="test")

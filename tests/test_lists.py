@@ -56,6 +56,7 @@ def test_the_extension_is_found_on_disk(root, capsys, line):
 
 
 def test_commas_and_tabs(root):
+    assert found(read(root, "abseiling/a b.mp4, 3\ne.webm, 0\n"), root)[0] == ("abseiling/a b.mp4", 3)
     assert found(read(root, "abseiling/a b.mp4,3\ne.webm,0\n"), root) == [("abseiling/a b.mp4", 3), ("e.webm", 0)]
     assert found(read(root, "abseiling/a b.mp4\t3\ne.webm\t0\n"), root)[0] == ("abseiling/a b.mp4", 3)
 
@@ -84,9 +85,9 @@ def test_the_official_csv(root):
 def test_classes_follow_the_label_map(root):
     labels = root.parent / "labels.txt"
     labels.write_text("abseiling\nair drumming\nanswering questions\nzumba\n")
-    split = read(root, OFFICIAL, label_map=labels)
+    split = read(root, OFFICIAL, class_names=read_label_map(labels))
     assert len(split.classes) == 4 and [label for _, label in found(split, root)] == [1, 0]
-    assert read(root, "e.webm 3", label_map=labels).classes[3] == "zumba"
+    assert read(root, "e.webm 3", class_names=read_label_map(labels)).classes[3] == "zumba"
     assert len(read(root, "e.webm 3", num_classes=400).classes) == 400
 
 
@@ -95,7 +96,10 @@ BAD = {
     "negative": ("e.webm -1\n", {}, r"train\.txt:1: expected"),
     "empty": ("\n\n", {}, r"--train-list .*names no video"),
     "nothing there": ("x/y.mp4 0\n", {}, r"none of its 1 videos is under --train-root .*expected such as x/y\.mp4"),
-    "label too large": ("e.webm 7\n", {"num_classes": 5}, r"train\.txt:1: label 7, but --num-classes 5 gives"),
+    "label too large": ("e.webm 7\n", {"num_classes": 5}, r"train\.txt:1: label 7, but there are 5 classes"),
+    "odd line": ("e.webm 9 0\nf.avi 9 1\nabseiling/c.mkv 2\n", {}, r"train\.txt:3: expected `path frames label` as in"),
+    "csv quote": (OFFICIAL + 'a,"b,1,2,x\n', {}, r"train\.txt:5: expected label,youtube_id"),
+    "csv infinity": (OFFICIAL + "a,b,inf,2,x\n", {}, r"train\.txt:5: expected label,youtube_id"),
     "csv columns": ("label,youtube_id\nx,y\n", {}, r"train\.txt:1: expected a column time_start"),
     "csv number": ("label,youtube_id,time_start,time_end\nx,y,soon,2\n", {}, r"train\.txt:2: expected .*`x,y,soon,2`"),
     "names and numbers": (OFFICIAL, {}, r"one names its classes, the other numbers"),
@@ -123,10 +127,10 @@ def test_absent_lists_and_folders(root, tmp_path):
 
 def test_a_label_map_that_lacks_a_class(root, tmp_path):
     (tmp_path / "map.txt").write_text("abseiling\nzumba\n")
-    with pytest.raises(UserError, match=r"train\.txt:2: class `air drumming` is not in --label-map .*map\.txt"):
-        read(root, OFFICIAL, label_map=tmp_path / "map.txt")
-    with pytest.raises(UserError, match=r"--num-classes 3: --label-map .* has 2 classes"):
-        read(root, "e.webm 0", label_map=tmp_path / "map.txt", num_classes=3)
+    with pytest.raises(UserError, match=r"train\.txt:2: class `air drumming` is not in the label map"):
+        read(root, OFFICIAL, class_names=read_label_map(tmp_path / "map.txt"))
+    with pytest.raises(UserError, match=r"--num-classes 3: the label map has 2 classes"):
+        read(root, "e.webm 0", class_names=read_label_map(tmp_path / "map.txt"), num_classes=3)
 
 
 def test_videos_on_both_lists_are_told(root, capsys):
@@ -142,3 +146,9 @@ def test_the_official_lists(splits, clips):
     for line in (lists / "kinetics400_val_list_videos.txt").read_text().splitlines()[::97]:
         path, label = line.rsplit(maxsplit=1)
         assert path.split("/")[0].replace("_", " ") == names[int(label)].replace("_", " ")
+
+
+def test_only_a_list_to_test_on(root, tmp_path):
+    (tmp_path / "val.txt").write_text("e.webm 2")
+    split = read_lists(None, VideoList("val", tmp_path / "val.txt", root), class_names=list("abcd"))
+    assert split.train == [] and split.test[0].label == 2 and split.classes == list("abcd")

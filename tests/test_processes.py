@@ -139,7 +139,7 @@ def test_one_process_that_cannot_go_on_takes_all_along(tiny_lists, tmp_path):
 
 
 def test_a_mistake_is_said_once(tiny_lists, tmp_path):
-    for change in ({"--weights": "no.pth"}, {"--train-list": "/nowhere.txt"}, {"-T": 5}):
+    for change in ({"--weights": "no.pth", "--branches": "both"}, {"--train-list": "/nowhere.txt"}, {"-T": 5}):
         process = start_logged(tmp_path, flags_in(tmp_path, tiny_lists) | change, 2)
         out, _ = process.communicate(timeout=60)
         assert process.returncode != 0 and out.count("error: ") == 1, out

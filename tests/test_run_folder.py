@@ -1,9 +1,10 @@
 import json
+import multiprocessing
 
 import pytest
 
 from utils.errors import UserError
-from utils.run_folder import RunFolder
+from utils.run_folder import RunFolder, leave_run_folders
 
 
 def line(epoch):
@@ -25,7 +26,32 @@ def test_metrics_and_their_undoing(tmp_path):
 def test_leftovers_of_a_killed_run_are_removed(tmp_path):
     (tmp_path / ".last.pt.123.tmp").write_bytes(b"half")
     RunFolder(tmp_path, resuming=True, overwrite=False)
-    assert list(tmp_path.iterdir()) == []
+    assert [file.name for file in tmp_path.iterdir()] == [".lock"]
+
+
+def hold(folder, holding, leave):
+    RunFolder(folder, resuming=True, overwrite=False)
+    (folder / ".last.pt.7.tmp").write_bytes(b"being written")
+    holding.set()
+    leave.wait(30)
+
+
+def test_a_folder_is_one_runs_at_a_time(tmp_path, monkeypatch, capsys):
+    context = multiprocessing.get_context("fork")
+    holding, leave = context.Event(), context.Event()
+    other = context.Process(target=hold, args=(tmp_path, holding, leave))
+    other.start()
+    assert holding.wait(30)
+    monkeypatch.setattr("utils.run_folder._SECONDS_FOR_ANOTHER_TO_LEAVE", 1)
+    with pytest.raises(UserError, match="another process is writing to it"):
+        RunFolder(tmp_path, resuming=True, overwrite=False)
+    assert "waiting for another process" in capsys.readouterr().out
+    assert (tmp_path / ".last.pt.7.tmp").exists()  # what it writes is not taken for a leftover
+    leave.set()
+    other.join()
+    RunFolder(tmp_path, resuming=True, overwrite=False)
+    leave_run_folders()
+    assert not (tmp_path / ".last.pt.7.tmp").exists()
 
 
 def test_a_run_is_protected(tmp_path):

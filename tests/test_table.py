@@ -24,7 +24,10 @@ PATHS = ["/data/a/one.avi", "/data/b/zwei ümlaut.mp4", "/data/c/\udcff.avi", "/
 
 def table(paths=PATHS, frames=(48, 10, 100, 16)) -> VideoTable:
     points = [(), (SeekPoint(0, 0),), (SeekPoint(12, 500), SeekPoint(40, -7)), ()]
-    records = [VideoRecord(path, number, "") for number, path in enumerate(paths)]
+    names = [path.removeprefix("/data/").removeprefix("/mnt/other/") for path in paths]
+    records = [
+        VideoRecord(path, number, "", name) for number, (path, name) in enumerate(zip(paths, names, strict=True))
+    ]
     infos = [VideoInfo(frames=f, seek_points=p) for f, p in zip(frames, points, strict=False)]
     return VideoTable(records, infos)
 

@@ -65,6 +65,9 @@ def test_views_and_crops_are_averaged_and_named(monkeypatch, capfd, list_flags):
     status, _, err = run(monkeypatch, capfd, list_flags | more | {"--resume": "auto", "--test-only": None})
     assert status == 0, err
     result = json.loads((Path(list_flags["--run-dir"]) / "test.json").read_text())
+    alone = {flag: value for flag, value in list_flags.items() if flag != "--train-list"}  # needs no training videos
+    status, out, err = run(monkeypatch, capfd, alone | {"--resume": "auto", "--test-only": None})
+    assert status == 0 and "8 to test, 1 views x 1 crops" in out, err
     assert result["counts"] == line["counts"]
     assert (result["views"], result["crops"], result["sampling"], result["frames"]) == (2, 3, "segments", 4)
 
@@ -98,7 +101,7 @@ def test_published_flags_and_defaults(monkeypatch):
 BAD_FLAGS = {
     "absent list": ({"--val-list": "/nowhere.txt"}, r"--val-list /nowhere\.txt: no such file; expected lines"),
     "absent root": ({"--train-root": "/nowhere"}, r"--train-root /nowhere: no such folder"),
-    "classes": ({"--num-classes": 3}, r"train\.txt:\d+: label 3, but --num-classes 3 gives 3 classes"),
+    "classes": ({"--num-classes": 3}, r"train\.txt:\d+: label 3, but there are 3 classes"),
     "no classes": ({"--num-classes": 0}, r"--num-classes must be at least 1"),
     "crops": ({"--crops": 2}, r"--crops: invalid choice: 2"),
     "stride of segments": ({"--frame-stride": 2}, r"--frame-stride: .*--sampling window"),
@@ -217,3 +220,21 @@ def test_a_full_disk_in_mid_epoch(monkeypatch, capfd, list_flags, undisturbed):
     status, _, err = run(monkeypatch, capfd, list_flags | {"--resume": "auto"})
     assert status == 0, err
     assert comparable(folder) == comparable(undisturbed) and same_weights(folder, undisturbed)
+
+
+def test_only_testing_needs_a_checkpoint(monkeypatch, capfd, list_flags):
+    refused(monkeypatch, capfd, list_flags | {"--test-only": None, "--resume": "auto"}, r"auto: no checkpoint in")
+
+
+def test_a_full_shared_memory_is_one_line(monkeypatch, capfd, list_flags):
+    """Limited as the disk above: a batch does not fit where its worker hands it over."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    monkeypatch.setattr("utils.fit._save_last", lambda *arguments: None)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))
+        status, _, err = run(monkeypatch, capfd, list_flags | {"-j": 1, "-b": 5})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert status == 2 and re.fullmatch(r"error: .*a data loading process died .*/dev/shm.*\n", err), err

@@ -3,7 +3,7 @@
 import sys
 
 from dataset.table import GONE, VideoTable
-from dataset.video import VideoBatch
+from dataset.video import FailedVideo, VideoBatch
 from utils.errors import UserError
 
 # One video in a hundred may rot away in a run of days; more, or many in a row, and it is the storage.
@@ -13,10 +13,10 @@ _MOST_IN_A_ROW = 8
 
 
 class BrokenVideos:
-    """Says each once, and raises UserError when there are too many to go on."""
+    """Those of one set of videos. Says each once, and raises UserError when there are too many to go on."""
 
     def __init__(self):
-        self._known: set[str] = set()
+        self._known: set[int] = set()  # videos, not what is said of them: that may name another frame each time
         self._unreported: list[str] = []
         self._in_a_row = 0
         self._last = ""
@@ -25,7 +25,7 @@ class BrokenVideos:
         """Look at what a batch lacks."""
         for failed in batch.failed:
             if failed.video != GONE:
-                self._add(failed.error, videos)
+                self._add(failed, videos)
         if len(batch.labels):
             self._in_a_row = 0
         if self._in_a_row >= _MOST_IN_A_ROW:
@@ -34,19 +34,19 @@ class BrokenVideos:
                 "is the storage there? --resume auto goes on once it is"
             )
 
-    def _add(self, error: str, videos: VideoTable) -> None:
+    def _add(self, failed: FailedVideo, videos: VideoTable) -> None:
         self._in_a_row += 1
-        self._last = error
-        if error in self._known:
+        self._last = failed.error
+        if failed.video in self._known:
             return
-        self._known.add(error)
-        self._unreported.append(error)
-        print(f"warning: left out: {error}", file=sys.stderr, flush=True)
+        self._known.add(failed.video)
+        self._unreported.append(failed.error)
+        print(f"warning: left out: {failed.error}", file=sys.stderr, flush=True)
         most = max(_ALWAYS_ALLOWED, len(videos) * _MOST_IN_A_HUNDRED // 100)
         if len(self._known) > most:
             raise UserError(
-                f"{len(self._known)} of {len(videos)} videos can no longer be read, the last: {error}; see to the "
-                "storage, then --resume auto goes on without those that are gone"
+                f"{len(self._known)} of {len(videos)} videos can no longer be read, the last: {failed.error}; "
+                "see to the storage, then --resume auto goes on without those that are gone"
             )
 
     def take(self) -> list[str]:

@@ -23,12 +23,16 @@ class DamagedCheckpointError(UserError):
     """A checkpoint that was cut off or has rotted."""
 
 
-def save_checkpoint(path: Path, state: dict) -> None:
-    """Write `state` to `path` atomically. Raises CheckpointError where it cannot; what was there stays."""
+def save_checkpoint(path: Path, state: dict, keep: int = 1) -> None:
+    """Write `state` to `path` atomically. Raises CheckpointError where it cannot; what was there stays.
+
+    keep: of last.pt, how many to keep: the one that is there becomes last-1.pt, the one before that
+    last-2.pt, ... once the new one is on the disk. Whenever the process is killed, a whole one is there."""
     buffer = io.BytesIO()
     torch.save({"format": FORMAT, **state}, buffer)
     try:
-        write_atomically(path, buffer.getbuffer())
+        rotate = (lambda: _make_room(path.parent, keep)) if path.name == LAST else (lambda: None)
+        write_atomically(path, buffer.getbuffer(), before_renaming=rotate)
     except OSError as error:
         kept = "the earlier one is untouched" if path.exists() else "there was none before"
         raise CheckpointError(f"{path}: the checkpoint cannot be written ({error.strerror}); {kept}") from error
@@ -46,6 +50,8 @@ def load_checkpoint(path: Path) -> dict:
         if rotten is not None:
             raise zipfile.BadZipFile(f"checksum of {rotten}")
         state = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, MemoryError) as error:  # not the file's fault: it may well be whole
+        raise UserError(f"{path}: the checkpoint cannot be read ({error})") from error
     except Exception as error:  # torch.load raises many types for a damaged or unsafe file
         raise DamagedCheckpointError(
             f"{path}: not a readable checkpoint, it is damaged or was cut off ({type(error).__name__}); "
@@ -79,16 +85,28 @@ def load_newest(paths: Sequence[Path]) -> tuple[Path, dict] | None:
     return None
 
 
-def find_checkpoint(resume: str | None, folder: Path) -> tuple[Path, dict] | None:
+def find_checkpoint(resume: str | None, folder: Path, needed: bool = False) -> tuple[Path, dict] | None:
     """(path, content) of what --resume names: "auto" is the newest whole checkpoint of `folder`, and None
-    where it has none, as for None. Raises UserError."""
+    where it has none, as for None. Raises UserError, also where there is none and one is `needed`.
+
+    The content's "best" and "selection" are best.pt's where there is one beside it in `folder`: that may
+    be newer than the checkpoint. Without it there is no best yet: its weights are gone."""
     if resume is None:
         return None
-    if resume != "auto":
-        return Path(resume), load_checkpoint(Path(resume))
-    found = load_newest(kept_checkpoints(folder))
+    found = load_newest(kept_checkpoints(folder)) if resume == "auto" else (Path(resume), load_checkpoint(Path(resume)))
     if found is None:
+        if needed:
+            raise UserError(f"--resume auto: no checkpoint in {folder}")
         print(f"--resume auto: no checkpoint in {folder}; starting anew")
+        return None
+    path, state = found
+    best = folder / "best.pt"
+    state["best"] = None
+    if path.resolve().parent == folder.resolve() and best.exists():
+        try:
+            state |= {name: value for name, value in load_checkpoint(best).items() if name in ("best", "selection")}
+        except DamagedCheckpointError as error:
+            print(f"note: {error}")
     return found
 
 
@@ -98,22 +116,17 @@ def kept_checkpoints(folder: Path) -> list[Path]:
     return [file for file in [folder / LAST, *(_earlier(folder, number) for number in numbers)] if file.exists()]
 
 
-def make_room(folder: Path, keep: int) -> None:
-    """Before a new last.pt: let the one that is there be last-1.pt too, the one before that last-2.pt, ...,
-    `keep` with the new one. Whenever the process is killed, a whole one is there. Raises CheckpointError."""
+def _make_room(folder: Path, keep: int) -> None:
     last = folder / LAST
-    try:
-        if last.exists():
-            for number in range(keep - 1, 1, -1):
-                if _earlier(folder, number - 1).exists():
-                    os.replace(_earlier(folder, number - 1), _earlier(folder, number))
-            if keep > 1:
-                _link(last, _earlier(folder, 1))
-        for file in kept_checkpoints(folder):
-            if file != last and int(file.stem[5:]) >= keep:
-                file.unlink()
-    except OSError as error:
-        raise CheckpointError(f"{folder}: checkpoints cannot be renamed ({error.strerror})") from error
+    if last.exists():
+        for number in range(keep - 1, 1, -1):
+            if _earlier(folder, number - 1).exists():
+                os.replace(_earlier(folder, number - 1), _earlier(folder, number))
+        if keep > 1:
+            _link(last, _earlier(folder, 1))
+    for file in kept_checkpoints(folder):
+        if file != last and int(file.stem[5:]) >= keep:
+            file.unlink()
 
 
 def _earlier(folder: Path, number: int) -> Path:

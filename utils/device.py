@@ -7,31 +7,35 @@ import sys
 
 import torch
 
-from utils.distributed import local_processes
 from utils.errors import UserError
 
 
-def choose_device(name: str) -> torch.device:
-    """The device named "cuda", "cuda:N" or "cpu"; "cuda" is this process's own where several share the
-    machine. Raises UserError for others and for one that is not there."""
+def choose_device(name: str, local_rank: int = 0, local_processes: int = 1) -> torch.device:
+    """The device named "cuda", "cuda:N" or "cpu". In one of several processes on this machine "cuda" is its
+    own. Raises UserError for other names and for a device that is not there."""
     try:
         device = torch.device(name)
     except RuntimeError:
         device = None
     if device is None or device.type not in ("cuda", "cpu"):
         raise UserError(f"--device {name}: expected cuda, cuda:N or cpu")
-    processes_here = local_processes()
-    if device.type == "cuda" and processes_here > 1:
-        if device.index is not None:
-            raise UserError(f"--device {name}: each of several processes takes its own GPU; give --device cuda")
-        if processes_here > torch.cuda.device_count():
+    if device.type == "cpu":
+        return device
+    there = torch.cuda.device_count()
+    if "WORLD_SIZE" in os.environ and device.index is None and there:
+        # A scheduler may let each process see one device only; torchrun shows all of them to each.
+        if there == 1 and (local_processes == 1 or "TORCHELASTIC_RUN_ID" not in os.environ):
+            return torch.device("cuda", 0)
+        if local_processes > there:
             raise UserError(
-                f"--device cuda: {processes_here} processes were started on this machine, it has "
-                f"{torch.cuda.device_count()} CUDA devices; start one a device (--nproc-per-node)"
+                f"--device cuda: {local_processes} processes were started on this machine, it has {there} CUDA "
+                "devices; start one a device (--nproc-per-node)"
             )
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices; use --device cpu")
+        return torch.device("cuda", local_rank)
+    if local_processes > 1 and device.index is not None:
+        raise UserError(f"--device {name}: each of several processes takes its own GPU; give --device cuda")
+    if (device.index or 0) >= there:
+        raise UserError(f"--device {name}: this machine has {there} CUDA devices; use --device cpu")
     return device
 
 

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from utils.device import choose_device
 from utils.errors import OtherProcessError, UserError
 
 _PATIENCE = timedelta(days=2)
@@ -114,6 +115,7 @@ class Processes:
             return model
         # Buffers are batch norm's running statistics: training does not read them, so they are not sent
         # around at every step; `share_buffers` does before they are used.
+        # (Newer versions of PyTorch rename the option, and warn of the old name.)
         options = inspect.signature(DistributedDataParallel).parameters
         sync_buffers = "forward_sync_buffers" if "forward_sync_buffers" in options else "broadcast_buffers"
         self.share_buffers(model)
@@ -142,31 +144,52 @@ class Processes:
 ALONE = Processes()
 
 
-def join_processes(device: torch.device) -> Processes:
-    """Join the processes that torchrun started, or any launcher that sets RANK, WORLD_SIZE, LOCAL_RANK,
-    MASTER_ADDR and MASTER_PORT; alone where WORLD_SIZE is not set. Only the main one keeps its stdout.
+def join_processes(device_name: str) -> tuple[torch.device, Processes]:
+    """(this process's device, the processes of the run).
 
-    Raises UserError where these make no sense or the others cannot be reached.
+    Those are the ones that torchrun started, or any launcher that sets RANK, WORLD_SIZE, LOCAL_RANK,
+    LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT; this one alone where WORLD_SIZE is not set. Only the main
+    one keeps its stdout. Raises UserError where these make no sense, the others cannot be reached, or
+    the device is not there.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
-        return ALONE
-    missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+        return choose_device(device_name), ALONE
+    names = ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in names if name not in os.environ]
     if missing:
         raise UserError(f"WORLD_SIZE is set, {', '.join(missing)} not: start several processes with torchrun")
-    rank, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
+    rank, count, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    device = error = None
     try:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        device = choose_device(device_name, local_rank, local_processes())
+    except UserError as raised:
+        error = raised
+    try:
+        on_gpu = device is not None and device.type == "cuda"
+        if on_gpu:
+            torch.cuda.set_device(device)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
         control = dist.new_group(backend="gloo", timeout=_PATIENCE)
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError) as raised:
         address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise UserError(
-            f"the {count} processes of this run cannot meet at {address} ({str(error).splitlines()[0]})"
-        ) from error
+            f"the {count} processes of this run cannot meet at {address} ({str(raised).splitlines()[0]})"
+        ) from raised
     if rank > 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for as long as the process lives
-    return Processes(rank, count, int(os.environ["LOCAL_RANK"]), control)
+    processes = Processes(rank, count, local_rank, control)
+    processes.together(lambda: _same_everywhere(device, error, processes))
+    return device, processes
+
+
+def _same_everywhere(device: torch.device | None, error: UserError | None, processes: Processes) -> None:
+    """Raise this process's `error`, or a UserError where its device is not of the main process's type."""
+    types = [None] * processes.count
+    dist.all_gather_object(types, device.type if device is not None else None, group=processes.control)
+    if error is not None:
+        raise error
+    if device.type != types[0]:
+        raise UserError(f"this process would run on {device.type}, the first on {types[0]}; give --device for all")
 
 
 def local_processes() -> int:

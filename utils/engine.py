@@ -18,7 +18,7 @@ from dataset.video import VideoBatch, collate
 from utils.broken import BrokenVideos
 from utils.device import autocast
 from utils.distributed import ALONE, Processes
-from utils.errors import OtherProcessError, UserError, worker_error
+from utils.errors import LocalError, OtherProcessError, UserError, worker_error
 from utils.metrics import ClipScores, FiringRates, VideoScores
 from utils.progress import Progress
 
@@ -143,7 +143,8 @@ def train_one_epoch(
         raise
     position.scores = processes.sum(settled).tolist()  # stopped before the next epoch, a run reports the same
     result = ClipScores.result(torch.tensor(position.scores, dtype=torch.float64))
-    return {"train_loss": result["loss"], "train_clip_top1": result["top1"], **incoming.result()}
+    counted = {"train_clips": int(position.scores[3])}  # fewer than the epoch has where videos could not be read
+    return {"train_loss": result["loss"], "train_clip_top1": result["top1"], **counted, **incoming.result()}
 
 
 class _Backward:
@@ -162,11 +163,19 @@ class _Backward:
             keep_apart = self._network.no_sync()
         with keep_apart:
             with autocast(self._device, self._precision):
-                logits = self._network(key, residual)
+                logits = self._forward(key, residual)
                 loss = self._criterion(logits.float(), batch.labels)
             self._watch.add(loss, batch.videos)
             self._scaler.scale(loss * share).backward()
         return logits, loss
+
+    def _forward(self, key: Tensor, residual: Tensor) -> Tensor:
+        try:
+            return self._network(key, residual)
+        except UserError as error:
+            if not isinstance(self._network, DistributedDataParallel):
+                raise
+            raise LocalError(str(error)) from error  # other processes may be in the middle of theirs
 
 
 def _optimizer_step(network: nn.Module, optimizer, scaler, clip_norm: float | None) -> None:
@@ -275,10 +284,9 @@ def _batches(loader: DataLoader, broken: BrokenVideos) -> Iterator[VideoBatch]:
             yield batch
     except UserError as error:
         raise worker_error(error) from error
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        reason = " ".join(str(error).split())
+    except (RuntimeError, OSError) as error:
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        reason = lines[-1] if str(error).startswith("Caught ") else " ".join(lines)  # else a worker's traceback
         raise UserError(f"a data loading process died ({reason}); fewer -j, or more memory or /dev/shm") from error
 
 

@@ -1,10 +1,11 @@
 """Writing files so that a reader, or the next start, never sees half of one."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 
-def write_atomically(path: Path, content: bytes) -> None:
+def write_atomically(path: Path, content: bytes, before_renaming: Callable[[], None] = lambda: None) -> None:
     """Write to a neighbour, flush it to disk, then rename: `path` holds the old content or the new.
 
     Raises OSError; the neighbour is removed and `path` untouched then.
@@ -15,6 +16,7 @@ def write_atomically(path: Path, content: bytes) -> None:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
+        before_renaming()
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)

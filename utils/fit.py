@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from dataset.table import GONE, VideoTable, clip_names, clips_in_order
 from utils.broken import BrokenVideos
-from utils.checkpoint import CheckpointError, check_settings, load_checkpoint, make_room, save_checkpoint
+from utils.checkpoint import CheckpointError, check_settings, save_checkpoint
 from utils.device import peak_memory_bytes
 from utils.distributed import Processes
 from utils.engine import NonFiniteLossError, TrainPosition, evaluate, train_one_epoch
@@ -43,15 +43,15 @@ class TrainingState:
     position: TrainPosition
     best: dict = field(default_factory=lambda: dict(NO_BEST))
 
-    def save(self, path: Path) -> None:
+    def save(self, path: Path, keep: int = 1) -> None:
         """Write all of it and the random state to `path`, atomically. Raises UserError."""
         parts = {name: getattr(self, name).state_dict() for name in ("model", "optimizer", "scaler")}
         rest = {name: getattr(self, name) for name in ("selection", "flags", "best")}
         rest |= {"clips": torch.from_numpy(self.clips), "position": vars(self.position), "random": random_state()}
-        save_checkpoint(path, {"model_settings": self.settings, **parts, **rest})
+        save_checkpoint(path, {"model_settings": self.settings, **parts, **rest}, keep)
 
-    def restore(self, path: Path, state: dict, run: RunFolder, flags_that_may_differ: set[str]) -> None:
-        """Become what `save` wrote to `path` (`state`), and say which flags differ. Raises UserError."""
+    def restore(self, path: Path, state: dict, flags_that_may_differ: set[str]) -> None:
+        """Become what `utils.checkpoint.find_checkpoint` found, and say which flags differ. Raises UserError."""
         check_settings(path, state["model_settings"], self.settings)
         position = TrainPosition(**state["position"])
         if position.clips > 0 and state["flags"]["seed"] != self.flags["seed"]:
@@ -73,18 +73,9 @@ class TrainingState:
             if flag not in flags_that_may_differ and self.flags.get(flag) != value:
                 name = flag if flag == "processes" else f"--{flag.replace('_', '-')}"
                 print(f"note: {name} was {value}, is now {self.flags.get(flag)}")
-        self._restore_best(state, run)
-
-    def _restore_best(self, state: dict, run: RunFolder) -> None:
-        # What best.pt itself says counts: it may be newer than the checkpoint that is gone on from.
-        try:
-            best = load_checkpoint(run.best) if state["selection"] == self.selection and run.best.exists() else None
-        except UserError as error:
-            print(f"note: {error}")
-            best = None
-        if best is not None and best["selection"] == self.selection:
-            self.best = best["best"]
-        elif state["best"] != NO_BEST:
+        if state["best"] is not None and state["selection"] == self.selection:
+            self.best = state["best"]
+        elif position.epoch > 0:
             print("note: the best epoch so far was chosen elsewhere or on other videos; it is chosen anew from here")
 
 
@@ -161,7 +152,8 @@ def fit(
     to any of the processes cut it short; last.pt then holds the very step. It does too where a process
     cannot go on (UserError): the others leave with it.
     """
-    passes = dict(device=device, precision=precision, stride=stride, processes=processes, broken=BrokenVideos())
+    passes = dict(device=device, precision=precision, stride=stride, processes=processes)
+    broken, broken_in_test = BrokenVideos(), BrokenVideos()
     processes.from_main(lambda: run.begin(state.position.epoch))
     network = processes.replicate(state.model, device, accumulates=accumulation_steps > 1)
     clock = _CheckpointClock(checkpoint_minutes)
@@ -169,8 +161,8 @@ def fit(
     first_batch = None if run.has_events() else lambda *batch: pictures.append(key_residual_picture(*batch))
 
     def save() -> None:
-        broken = processes.gather(passes["broken"].take())
-        processes.from_main(lambda: _save_last(state, run, keep, broken))
+        lines = processes.gather(broken.take() + broken_in_test.take())
+        processes.from_main(lambda: _save_last(state, run, keep, lines))
         clock.restart()
 
     with StopRequest() as stop:
@@ -180,7 +172,7 @@ def fit(
                 group["lr"] = learning_rate(epoch)
             try:
                 trained = train_one_epoch(
-                    network, train_loader, state.optimizer, state.scaler, **passes,
+                    network, train_loader, state.optimizer, state.scaler, **passes, broken=broken,
                     epochs=epochs, position=state.position, label_smoothing=label_smoothing,
                     accumulation_steps=accumulation_steps, clip_norm=clip_norm,
                     should_stop=stop.requested, should_save=clock.is_due, save=save,
@@ -190,7 +182,13 @@ def fit(
                 if trained is not None:
                     task = f"{selected_on} {epoch + 1}/{epochs}"
                     scored = evaluate(
-                        state.model, selection_loader, classes, **passes, task=task, should_stop=stop.requested
+                        state.model,
+                        selection_loader,
+                        classes,
+                        **passes,
+                        broken=broken_in_test,
+                        task=task,
+                        should_stop=stop.requested,
                     )
             except UserError as error:  # in all processes: each knows that one cannot go on
                 raise _saved(error, state, run, processes, save) from error
@@ -230,8 +228,7 @@ class _CheckpointClock:
 
 def _save_last(state: TrainingState, run: RunFolder, keep: int, broken: list[str]) -> None:
     run.add_to_list("broken.txt", broken)
-    make_room(run.path, keep)
-    state.save(run.last)
+    state.save(run.last, keep)
 
 
 def _saved(error: UserError, state: TrainingState, run: RunFolder, processes: Processes, save) -> UserError:

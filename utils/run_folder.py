@@ -41,6 +41,7 @@ class RunFolder:
             path.mkdir(parents=True, exist_ok=True)
             (path / ".write_test").write_bytes(b"")
             (path / ".write_test").unlink()
+            _lock(path)
         except OSError as error:
             raise UserError(
                 f"--run-dir {path}: cannot be written ({error.strerror}); name a writable folder"
@@ -53,7 +54,6 @@ class RunFolder:
                 f"--run-dir {path}: holds a run already ({earlier[0].name}); continue it with --resume auto, "
                 "replace it with --overwrite, or name another folder"
             )
-        _lock(path)
         self._replace = not resuming
         self._tensorboard = None
         self._first_epoch = 0
@@ -175,6 +175,12 @@ def _lock(folder: Path) -> None:
                 ) from error
             time.sleep(1)
     _locked[folder] = file
+
+
+def leave_run_folders() -> None:
+    """Let other processes have the folders that this one has opened."""
+    while _locked:
+        _locked.popitem()[1].close()
 
 
 def _epoch_of(line: str) -> float:

@@ -1,17 +1,23 @@
 """Ctrl-C, SIGTERM and SIGUSR2 (a scheduler's warning) ask a run to stop: it finishes the step, saves and leaves."""
 
+import contextlib
+import ctypes
 import os
 import signal
 import sys
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def leave_signals_to_the_main_process(*_) -> None:
     """For worker processes: a terminal's Ctrl-C and a scheduler's SIGTERM reach the whole process group,
-    and a worker that died of one could not serve the step that the main process still finishes."""
+    and a worker that died of one could not serve the step that the main process still finishes. It ends
+    with the main process, however that ends."""
     for number in _SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    with contextlib.suppress(AttributeError, OSError):  # Linux only
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 class StopRequest:
