@@ -76,7 +76,7 @@ def main() -> None:
 
 
 def start_of_training(paths: list[str], folder: Path) -> float:
-    """Seconds of train_kinetics.load_data over these files as two lists, their index at hand."""
+    """Seconds that train_kinetics.py takes to find these files as two lists and make loaders, the index at hand."""
     index = folder / "index"
     index.mkdir(exist_ok=True)
     if not (index / "list.json").exists():
@@ -92,7 +92,8 @@ def start_of_training(paths: list[str], folder: Path) -> float:
     run = RunFolder(Path(args.run_dir), resuming=True, overwrite=False)
     start = time.perf_counter()
     with contextlib.redirect_stdout(io.StringIO()):
-        data = train_kinetics.load_data(args, run, ALONE, None, pin=False)
+        videos = train_kinetics.find_videos(args, run, None)
+        data = train_kinetics.load_data(args, *videos, ALONE, None, pin=False)
     assert len(data.clip_names) == cut
     return time.perf_counter() - start
 

@@ -40,6 +40,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--batches", type=int, default=8, help="batches a round")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--scaled", action="store_true")
+    parser.add_argument("--gop", type=int, default=50, help="frames from keyframe to keyframe of --scaled")
     parser.add_argument("--memory", action="store_true")
     parser.add_argument("--clips", type=int, default=5000, help="clips of --memory")
     parser.add_argument("--json", help="write the figures to this file")
@@ -52,9 +53,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         paths = [p for f in args.folders for p in sorted(f.rglob("*")) if p.suffix.lower() in VIDEO_SUFFIXES]
         if args.scaled:
-            paths = [scaled_copy(path, Path(temporary) / f"{n}.mp4") for n, path in enumerate(paths)]
+            paths = [scaled_copy(path, Path(temporary) / f"{n}.mp4", args.gop) for n, path in enumerate(paths)]
         known = {str(path): probe(path) for path in paths}
-        print(f"{len(known)} files: " + ", ".join(sorted({f"{i.width} x {i.height}" for i in known.values()})))
+        size = sum(path.stat().st_size for path in paths) / len(paths)
+        print(
+            f"{len(known)} files of {size / 1e6:.2f} MB on average: "
+            + ", ".join(sorted({f"{i.width} x {i.height}" for i in known.values()}))
+        )
         figures = measure_memory(known, args) if args.memory else measure_rates(known, args)
     if args.json:
         Path(args.json).write_text(json.dumps({"settings": vars(args), "figures": figures}, indent=2, default=str))
@@ -153,13 +158,13 @@ def private_bytes(process: int) -> int:
     return 1024 * sum(int(line.split()[1]) for line in lines if line.startswith("Private_"))
 
 
-def scaled_copy(path: Path, copy: Path) -> Path:
-    """340 x 256 pixels (256 x 340 upright), H.264, a keyframe every 2 s or so, as preparation scripts make."""
+def scaled_copy(path: Path, copy: Path, gop: int) -> Path:
+    """340 x 256 pixels (256 x 340 upright), H.264, as preparation scripts make."""
     with av.open(str(path)) as source, av.open(str(copy), "w") as target:
         incoming = source.streams.video[0]
         stream = target.add_stream("libx264", rate=incoming.average_rate or 25)
         stream.width, stream.height = (340, 256) if incoming.width >= incoming.height else (256, 340)
-        stream.pix_fmt, stream.gop_size = "yuv420p", 50
+        stream.pix_fmt, stream.gop_size = "yuv420p", gop
         for number, frame in enumerate(source.decode(incoming)):
             frame = frame.reformat(stream.width, stream.height, "yuv420p")
             frame.pts = number

@@ -25,7 +25,7 @@ from utils.device import autocast, choose_precision, device_name
 from utils.distributed import join_processes
 
 # (T, stride, size): one of them changes at a time.
-GRID = [(16, 4, 224), (8, 4, 224), (32, 4, 224), (16, 2, 224), (16, 8, 224), (16, 4, 112), (16, 4, 160), (16, 2, 112)]
+GRID = [(16, 4, 224), (8, 4, 224), (32, 4, 224), (16, 2, 224), (16, 8, 224), (16, 4, 128), (16, 4, 160), (16, 2, 128)]
 
 
 def parse_args() -> argparse.Namespace:
@@ -48,7 +48,7 @@ def main() -> None:
         f"{device_name(device)}, {torch.get_num_threads()} threads each; torch {torch.__version__}; {args.model}, "
         f"downsample, {args.batch_size} clips a process, {precision}; medians of {args.runs}"
     )
-    for frames, stride, size in [(16, 4, 112)] if args.processes else GRID:
+    for frames, stride, size in [(16, 4, 128)] if args.processes else GRID:
         torch.manual_seed(0)
         model = ReSpike(args.model, num_classes=400, stride=stride, downsample=True)
         model = model.to(device, memory_format=torch.channels_last)

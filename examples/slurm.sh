@@ -5,8 +5,9 @@
 #
 # Two minutes before the time limit Slurm warns this script (SIGUSR2). It hands the warning to the training
 # processes, which finish their step, save and leave; then the job queues itself again and goes on from
-# there (--resume auto). On preemption (SIGTERM, --requeue) they do the same. A node that dies costs what
-# was trained since the last checkpoint (--checkpoint-minutes).
+# there (--resume auto). On preemption they get SIGTERM and save too; whether the job comes back then is the
+# cluster's PreemptMode. A node that dies costs what was trained since the last checkpoint
+# (--checkpoint-minutes); --requeue brings the job back.
 
 #SBATCH --job-name=respike
 #SBATCH --nodes=2
@@ -38,7 +39,8 @@ warn() {
 trap warn USR2
 
 # shellcheck disable=SC2016 # the variables are those of each process
-srun bash -c 'RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID exec "$@"' bash "${COMMAND[@]}" &
+srun --cpus-per-task="$SLURM_CPUS_PER_TASK" --kill-on-bad-exit=1 \
+    bash -c 'RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID exec "$@"' bash "${COMMAND[@]}" &
 while kill -0 $! 2>/dev/null; do # a signal ends `wait`, not what it waits for
     wait $!
     status=$?

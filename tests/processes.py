@@ -9,6 +9,7 @@ import json
 import os
 import runpy
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ from dataset.index import VideoInfo, probe
 from dataset.order import TestBatches, TrainBatches
 from dataset.records import VideoRecord
 from dataset.sampling import SegmentSampling
-from dataset.table import VideoTable, drawn_clips, fixed_clips
+from dataset.table import GONE, VideoTable, drawn_clips, fixed_clips
 from dataset.transforms import multi_scale_transform, test_transforms
 from dataset.video import VideoDataset, make_loader
 from models import ReSpike
@@ -56,11 +57,18 @@ def compute(folder: str, out: str) -> None:
             results[batch_norm] = one_step(folder, processes, 8 // processes.count, 1, batch_norm)
         # With two batches a step; they have statistics of their own: only fixed ones can agree.
         results["accumulated"] = one_step(folder, processes, 4 // processes.count, 2, "fixed")
+        # The second batch's videos are gone: all of them, or those of the second of two processes, which is
+        # enough for the batch to be left out by both.
+        gone = range(4, 8) if processes.count == 1 else range(6, 8)
+        results["empty batch"] = one_step(folder, processes, 4 // processes.count, 2, "fixed", gone)
     if processes.is_main:
         torch.save(results, out)
 
 
-def one_step(folder: str, processes: Processes, batch_size: int, accumulate: int, batch_norm: str) -> dict:
+def one_step(
+    folder: str, processes: Processes, batch_size: int, accumulate: int, batch_norm: str, gone: Sequence[int] = ()
+) -> dict:
+    """gone: places in the epoch's order whose videos are."""
     torch.manual_seed(3)
     model = ReSpike(num_classes=8, stride=2, snn_batch_norm="merged" if batch_norm == "merged" else "per-step")
     if batch_norm == "fixed":
@@ -71,7 +79,11 @@ def one_step(folder: str, processes: Processes, batch_size: int, accumulate: int
         synchronise_batch_norm(model)
     double = Double(model)
     videos = table(folder, 24)
-    data = VideoDataset(videos, drawn_clips(videos), SEGMENTS, [multi_scale_transform(32, flip=False)], seed=0)
+    clips = drawn_clips(videos)
+    (order,) = TrainBatches(len(clips), len(clips), seed=0)
+    for place in gone:
+        clips[order[place][1], 0] = GONE
+    data = VideoDataset(videos, clips, SEGMENTS, [multi_scale_transform(32, flip=False)], seed=0)
     batches = TrainBatches(len(data), batch_size, seed=0, rank=processes.rank, processes=processes.count)
     # Steps of size one, without momentum, leave the gradient as the difference of the weights.
     before = {name: value.detach().clone() for name, value in double.named_parameters()}

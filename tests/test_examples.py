@@ -21,6 +21,7 @@ STANDINS = {
         for i in $(seq 200); do sleep 0.05; done
         exit 9""",
     "srun": """
+        while [[ $1 == --* ]]; do shift; done
         SLURM_PROCID=0 SLURM_LOCALID=0 "$@" & first=$!
         SLURM_PROCID=1 SLURM_LOCALID=0 "$@" & second=$!
         wait $first; status=$?
@@ -43,6 +44,7 @@ def start(tmp_path: Path, mode: str) -> subprocess.Popen:
         (commands / name).chmod(0o755)
     slurm = {
         "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_JOB_ID": "123456", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "1",
+        "SLURM_CPUS_PER_TASK": "16",
         "OUT": str(tmp_path / "out"), "PIDS": str(tmp_path / "pids"), "MODE": mode,
         "PATH": f"{commands}:{os.environ['PATH']}",
     }  # fmt: skip

@@ -27,9 +27,11 @@ def computed(tiny_demo, tmp_path_factory) -> dict[int, dict]:
     return results
 
 
-@pytest.mark.parametrize("case", ["fixed", "per-step", "merged", "accumulated"])
+@pytest.mark.parametrize("case", ["fixed", "per-step", "merged", "accumulated", "empty batch"])
 def test_gradients_of_two_processes_are_those_of_the_doubled_batch(computed, case):
-    """In float64, with batch norm in evaluation mode or synchronised; with two batches a step too."""
+    """In float64, with batch norm in evaluation mode or synchronised; with two batches a step too, also where one
+    process has nothing to train on in the second."""
+    # (Two batches a step in two processes are one batch four times as large.)
     whole, parts = computed[1]["fixed" if case == "accumulated" else case], computed[2][case]
     largest = max(gradient.abs().max() for gradient in whole["gradients"].values())
     assert largest > 1e-3
