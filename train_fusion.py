@@ -124,6 +124,8 @@ def parse_args() -> argparse.Namespace:
     check_flags(args)
     if args.dset == "demo" and args.annotation_path is not None:
         raise UserError("--annotation-path: the demo makes its own split files, under --data-root")
+    if args.run_dir is None and args.test_only and args.resume != "auto":
+        args.run_dir = str(Path(args.resume).parent)
     if args.run_dir is None:
         variant = "downsample" if args.downsample else "full"
         args.run_dir = (
@@ -247,10 +249,10 @@ def find_videos(
         split = replace(split, train=[])
     index = VideoIndex(Path(args.index_dir) / f"{args.dset}.json")
     infos = index.lookup([record.path for record in split.train + split.test], workers=cpu_count())
-    report_files(run, split, infos, args.strict)
+    report_files(None if args.test_only else run, split, infos, args.strict)
     split = drop(split, [path for path, info in infos.items() if info.error])
     if not split.test or not (split.train or args.test_only):
-        raise UserError(f"{run.path / 'unreadable.txt'}: no readable video is left to train or to test on")
+        raise UserError("none of the videos to train on, or none to test on, can be read; --strict names the first")
     train, val = split.train, []
     if args.val_fraction > 0 and not args.test_only:
         train, val = cut_validation(split.train, args.val_fraction, args.seed)

@@ -135,8 +135,12 @@ def parse_args() -> argparse.Namespace:
         raise UserError(f"--num-classes must be at least 1, got {args.num_classes}")
     if args.sampling == "segments" and args.frame_stride != 1:
         raise UserError("--frame-stride: segments cover the whole video; it goes with --sampling window")
+    if args.run_dir is None and args.test_only and args.resume != "auto":
+        args.run_dir = str(Path(args.resume).parent)
     if args.run_dir is None:
-        name = args.dset if args.dset != "list" else Path(args.train_list or args.val_list).stem
+        if args.dset == "list" and args.train_list is None:
+            raise UserError("--run-dir: --resume auto without --train-list, which names the folder, needs it")
+        name = args.dset if args.dset != "list" else Path(args.train_list).stem
         variant = "downsample" if args.downsample else "full"
         args.run_dir = (
             f"runs/{name}-{args.model}-{args.branches}-{args.fusion}-{variant}"
@@ -256,10 +260,10 @@ def find_videos(
     split = read_lists(train, named("val", VAL_LIST, VAL_ROOT), class_names, args.num_classes)
     index = VideoIndex(Path(args.index_dir) / f"{args.dset}.json")
     infos = index.lookup([record.path for record in split.train + split.test], workers=cpu_count())
-    report_files(run, split, infos, args.strict)
+    report_files(None if args.test_only else run, split, infos, args.strict)
     split = drop(split, [path for path, info in infos.items() if info.error])
     if not split.test or not (split.train or args.test_only):
-        raise UserError(f"{run.path / 'unreadable.txt'}: no readable video is left to train or to test on")
+        raise UserError("none of the videos to train on, or none to test on, can be read; --strict names the first")
     tables = [VideoTable(part, [infos[record.path] for record in part]) for part in (split.train, split.test)]
     return split.classes, *tables
 

@@ -7,6 +7,7 @@ youtube_id, time_start, time_end. Labels count from 0; the csv's are names.
 
 import csv
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from dataset.records import VIDEO_SUFFIXES, Split, VideoRecord, read_lines
 from utils.errors import UserError
 
 _USUAL_SUFFIXES = (".mp4", ".mkv", ".webm", ".avi")
-_LINES_COMPARED_WITH_THE_DISK = 200
+_LAST_INTEGER = re.compile(r"(.*[^\s,])[\s,]+(\d+)")
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ def _read_list(part: VideoList) -> list[_Entry]:
         raise UserError(f"--{part.flag}-list {part.file}: names no video")
     if "youtube_id" in lines[0][1].split(","):
         return list(_csv_entries(part, lines))
-    return _text_entries(part, lines)
+    return list(_text_entries(part, lines))
 
 
 def _csv_entries(part: VideoList, lines: list[tuple[int, str]]) -> Iterator[_Entry]:
@@ -115,40 +116,21 @@ def _csv_entries(part: VideoList, lines: list[tuple[int, str]]) -> Iterator[_Ent
         yield _Entry(number, tuple(os.path.join(f, s) for s in stems for f in folders), label, video)
 
 
-def _text_entries(part: VideoList, lines: list[tuple[int, str]]) -> list[_Entry]:
-    separator = None  # any white space
-    if not any(_ends_in_integers(line, 1, None) for _, line in lines):
-        separator = ","
+def _text_entries(part: VideoList, lines: list[tuple[int, str]]) -> Iterator[_Entry]:
     for number, line in lines:
-        if not _ends_in_integers(line, 1, separator):
+        labelled = _LAST_INTEGER.fullmatch(line)
+        if labelled is None:
             raise UserError(
                 f"{part.file}:{number}: expected `path label` or `path frames label`, the label from 0, found `{line}`"
             )
-    odd = [(number, line) for number, line in lines if not _ends_in_integers(line, 2, separator)]
-    with_frames = 2 * len(odd) < len(lines)
-    if with_frames and separator is None:
-        with_frames = not _names_end_in_integers(part, [line for _, line in lines])
-    if with_frames and odd:
-        raise UserError(f"{part.file}:{odd[0][0]}: expected `path frames label` as in other lines, found `{odd[0][1]}`")
-    entries = []
-    for number, line in lines:
-        name, *_, label = line.rsplit(separator, 2 if with_frames else 1)
-        name = name.strip().rstrip(",").rstrip()
-        entries.append(_Entry(number, (name,), int(label), os.path.splitext(os.path.basename(name))[0]))
-    return entries
-
-
-def _ends_in_integers(line: str, count: int, separator: str | None) -> bool:
-    fields = line.rsplit(separator, count)
-    return len(fields) == count + 1 and all(field.strip().isdecimal() for field in fields[1:])
-
-
-def _names_end_in_integers(part: VideoList, lines: list[str]) -> bool:
-    """Whether `my video 12 5` is the video `my video 12` with label 5: where more such files are there."""
-    files = _Files(part.root)
-    sample = lines[:_LINES_COMPARED_WITH_THE_DISK]
-    found = [sum(files.find((line.rsplit(None, fields)[0],)) is not None for line in sample) for fields in (1, 2)]
-    return found[0] > found[1]
+        # `my video 12 5` is the video `my video 12`, or 12 frames of `my video`: the disk tells.
+        names = [labelled[1]]
+        with_frames = _LAST_INTEGER.fullmatch(labelled[1])
+        if with_frames is not None:
+            names.append(with_frames[1])
+            if Path(with_frames[1]).suffix.lower() in VIDEO_SUFFIXES:
+                names.reverse()
+        yield _Entry(number, tuple(names), int(labelled[2]), os.path.splitext(os.path.basename(names[0]))[0])
 
 
 def _classes(labels: list[int | str], class_names: list[str] | None, num_classes: int | None) -> list[str]:

@@ -6,8 +6,9 @@ from utils.errors import UserError
 from utils.run_folder import RunFolder
 
 
-def report_files(run: RunFolder, split: Split, infos: dict[str, VideoInfo], strict: bool) -> None:
-    """Print counts and the first of each kind; every name goes to a file in the run folder.
+def report_files(run: RunFolder | None, split: Split, infos: dict[str, VideoInfo], strict: bool) -> None:
+    """Print counts and the first of each kind; every name goes to a file in the run folder,
+    where there is one to write to.
 
     Raises UserError under `strict` where a video cannot be read.
     """
@@ -20,8 +21,8 @@ def report_files(run: RunFolder, split: Split, infos: dict[str, VideoInfo], stri
         ("unreadable", unreadable, "videos cannot be read and are left out"),
         ("damaged", damaged, "videos have damaged packets; their decodable frames are used"),
     ):
-        file = run.write_list(f"{name}.txt", lines)
+        where = "" if run is None else f" (all in {run.write_list(f'{name}.txt', lines)})"
         if lines:
-            print(f"data: {len(lines)} {meaning}, the first: {lines[0]} (all in {file})")
+            print(f"data: {len(lines)} {meaning}, the first: {lines[0]}{where}")
     if unreadable and strict:
         raise UserError(f"--strict: {len(unreadable)} videos cannot be read, the first: {unreadable[0]}")

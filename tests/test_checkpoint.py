@@ -157,6 +157,27 @@ def test_auto_takes_the_one_before_a_damaged_one(tmp_path, capsys):
     assert (tmp_path / "last.damaged").exists()
 
 
+def test_a_save_killed_after_rotating_costs_no_earlier_one(tmp_path, monkeypatch):
+    for value in range(3):
+        save(tmp_path / "last.pt", float(value), keep=3)
+    replace = os.replace
+
+    def killed_at_the_end(source, target):
+        if target == tmp_path / "last.pt":
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    for _ in range(3):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", killed_at_the_end)
+            with pytest.raises(KeyboardInterrupt):
+                save(tmp_path / "last.pt", 8.0, keep=3)
+    assert [value_of(path) for path in kept_checkpoints(tmp_path)] == [2.0, 2.0, 1.0]
+    save(tmp_path / "last.pt", 9.0, keep=3)
+    assert [value_of(path) for path in kept_checkpoints(tmp_path)] == [9.0, 2.0, 1.0]
+    assert len(list(tmp_path.iterdir())) == 3
+
+
 def test_a_save_that_fails_costs_no_earlier_one(tmp_path, monkeypatch):
     for value in range(3):
         save(tmp_path / "last.pt", float(value), keep=3)

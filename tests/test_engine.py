@@ -233,6 +233,13 @@ def test_storage_that_is_gone_stops_the_run():
         train(Net(), loader=make_loader(unreadable=many))
 
 
+def test_many_clips_of_one_broken_video_are_one_video():
+    broken, videos = BrokenVideos(), Videos()
+    for _ in range(3):
+        broken.check(collate([FailedVideo(4, f"video4.avi: frame {n} was wanted") for n in range(16)]), videos)
+    assert broken.take() == ["video4.avi: frame 0 was wanted"]
+
+
 def test_evaluation_leaves_unreadable_videos_out():
     scores = evaluate(
         Net(), make_loader(shuffle=False, unreadable=(3, 8)), 3, device=CPU, precision=None, stride=4, task="t"

@@ -55,7 +55,14 @@ def test_the_extension_is_found_on_disk(root, capsys, line):
     assert ("another extension" in capsys.readouterr().out) == ("." in line)
 
 
+def test_both_forms_in_one_list(root):
+    assert found(read(root, "e.webm 9 0\nf 12.avi 9 1\nabseiling/c.mkv 2\ng.AVI 300 2\n"), root) == [
+        ("e.webm", 0), ("f 12.avi", 1), ("abseiling/c.mkv", 2), ("g.AVI", 2),
+    ]  # fmt: skip
+
+
 def test_commas_and_tabs(root):
+    assert found(read(root, "abseiling/a b.mp4, 300, 3\ne.webm,250,0\n"), root)[0] == ("abseiling/a b.mp4", 3)
     assert found(read(root, "abseiling/a b.mp4, 3\ne.webm, 0\n"), root)[0] == ("abseiling/a b.mp4", 3)
     assert found(read(root, "abseiling/a b.mp4,3\ne.webm,0\n"), root) == [("abseiling/a b.mp4", 3), ("e.webm", 0)]
     assert found(read(root, "abseiling/a b.mp4\t3\ne.webm\t0\n"), root)[0] == ("abseiling/a b.mp4", 3)
@@ -97,7 +104,6 @@ BAD = {
     "empty": ("\n\n", {}, r"--train-list .*names no video"),
     "nothing there": ("x/y.mp4 0\n", {}, r"none of its 1 videos is under --train-root .*expected such as x/y\.mp4"),
     "label too large": ("e.webm 7\n", {"num_classes": 5}, r"train\.txt:1: label 7, but there are 5 classes"),
-    "odd line": ("e.webm 9 0\nf.avi 9 1\nabseiling/c.mkv 2\n", {}, r"train\.txt:3: expected `path frames label` as in"),
     "csv quote": (OFFICIAL + 'a,"b,1,2,x\n', {}, r"train\.txt:5: expected label,youtube_id"),
     "csv infinity": (OFFICIAL + "a,b,inf,2,x\n", {}, r"train\.txt:5: expected label,youtube_id"),
     "csv columns": ("label,youtube_id\nx,y\n", {}, r"train\.txt:1: expected a column time_start"),

@@ -222,8 +222,24 @@ def test_a_full_disk_in_mid_epoch(monkeypatch, capfd, list_flags, undisturbed):
     assert comparable(folder) == comparable(undisturbed) and same_weights(folder, undisturbed)
 
 
+def test_only_testing_leaves_the_runs_lists_alone(monkeypatch, capfd, list_flags, tmp_path):
+    train = tmp_path / "train.txt"
+    train.write_text(Path(list_flags["--train-list"]).read_text() + "\ngone/x.avi 3")
+    flags = list_flags | {"--train-list": train, "--epochs": 1}
+    assert run(monkeypatch, capfd, flags)[0] == 0
+    missing = (Path(flags["--run-dir"]) / "missing.txt").read_text()
+    status, _, err = run(
+        monkeypatch, capfd, flags | {"--resume": Path(flags["--run-dir"]) / "last.pt", "--test-only": None}
+    )
+    assert status == 0 and missing.endswith("gone/x.avi\n"), err
+    assert (Path(flags["--run-dir"]) / "missing.txt").read_text() == missing
+
+
 def test_only_testing_needs_a_checkpoint(monkeypatch, capfd, list_flags):
-    refused(monkeypatch, capfd, list_flags | {"--test-only": None, "--resume": "auto"}, r"auto: no checkpoint in")
+    flags = list_flags | {"--test-only": None, "--resume": "auto"}
+    refused(monkeypatch, capfd, flags, r"auto: no checkpoint in")
+    unnamed = {flag: value for flag, value in flags.items() if flag not in ("--train-list", "--run-dir")}
+    refused(monkeypatch, capfd, unnamed, r"--run-dir: --resume auto without --train-list")
 
 
 def test_a_full_shared_memory_is_one_line(monkeypatch, capfd, list_flags):

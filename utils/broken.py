@@ -15,11 +15,12 @@ _MOST_IN_A_ROW = 8
 class BrokenVideos:
     """Those of one set of videos. Says each once, and raises UserError when there are too many to go on."""
 
-    def __init__(self):
+    def __init__(self, processes: int = 1):
+        self._processes = processes  # that share the videos: each may find its part of the most there may be
         self._known: set[int] = set()  # videos, not what is said of them: that may name another frame each time
         self._unreported: list[str] = []
-        self._in_a_row = 0
-        self._last = ""
+        self._in_a_row = 0  # videos, not clips of one
+        self._latest: FailedVideo | None = None
 
     def check(self, batch: VideoBatch, videos: VideoTable) -> None:
         """Look at what a batch lacks."""
@@ -27,22 +28,22 @@ class BrokenVideos:
             if failed.video != GONE:
                 self._add(failed, videos)
         if len(batch.labels):
-            self._in_a_row = 0
+            self._in_a_row, self._latest = 0, None
         if self._in_a_row >= _MOST_IN_A_ROW:
             raise UserError(
-                f"{self._in_a_row} videos one after another cannot be read, the last: {self._last}; "
+                f"{self._in_a_row} videos one after another cannot be read, the last: {self._latest.error}; "
                 "is the storage there? --resume auto goes on once it is"
             )
 
     def _add(self, failed: FailedVideo, videos: VideoTable) -> None:
-        self._in_a_row += 1
-        self._last = failed.error
+        self._in_a_row += self._latest is None or self._latest.video != failed.video
+        self._latest = failed
         if failed.video in self._known:
             return
         self._known.add(failed.video)
         self._unreported.append(failed.error)
         print(f"warning: left out: {failed.error}", file=sys.stderr, flush=True)
-        most = max(_ALWAYS_ALLOWED, len(videos) * _MOST_IN_A_HUNDRED // 100)
+        most = max(_ALWAYS_ALLOWED, len(videos) * _MOST_IN_A_HUNDRED // 100 // self._processes)
         if len(self._known) > most:
             raise UserError(
                 f"{len(self._known)} of {len(videos)} videos can no longer be read, the last: {failed.error}; "

@@ -53,6 +53,8 @@ def load_checkpoint(path: Path) -> dict:
     except (OSError, MemoryError) as error:  # not the file's fault: it may well be whole
         raise UserError(f"{path}: the checkpoint cannot be read ({error})") from error
     except Exception as error:  # torch.load raises many types for a damaged or unsafe file
+        if "can't allocate memory" in str(error):  # PyTorch's MemoryError
+            raise UserError(f"{path}: the checkpoint cannot be read (not enough memory)") from error
         raise DamagedCheckpointError(
             f"{path}: not a readable checkpoint, it is damaged or was cut off ({type(error).__name__}); "
             "resume from another one or start anew"
@@ -118,7 +120,8 @@ def kept_checkpoints(folder: Path) -> list[Path]:
 
 def _make_room(folder: Path, keep: int) -> None:
     last = folder / LAST
-    if last.exists():
+    begun = _earlier(folder, 1).exists() and last.exists() and os.path.samefile(last, _earlier(folder, 1))
+    if last.exists() and not begun:  # begun: killed between this and the renaming of the new one
         for number in range(keep - 1, 1, -1):
             if _earlier(folder, number - 1).exists():
                 os.replace(_earlier(folder, number - 1), _earlier(folder, number))
@@ -142,6 +145,7 @@ def _link(file: Path, name: Path) -> None:
         os.replace(file, name)
     else:
         os.replace(temporary, name)
+        temporary.unlink(missing_ok=True)  # where both were names of one file, nothing was renamed
 
 
 def check_settings(path: Path, found: dict, wanted: dict) -> None:

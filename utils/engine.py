@@ -24,6 +24,11 @@ from utils.progress import Progress
 
 # On a GPU, losses are read and the bar is written once in so many steps: each reading waits for the GPU.
 _STEPS_BETWEEN_READINGS = 10
+# What PyTorch says where a data loading process was killed, or where memory or files ran out.
+_SIGNS_OF_LACK = (
+    "exited unexpectedly", "killed by signal", "shared memory", "unable to resize file", "allocate memory",
+    "No space left", "Too many open files", "Connection reset",
+)  # fmt: skip
 
 
 class NonFiniteLossError(UserError):
@@ -285,6 +290,8 @@ def _batches(loader: DataLoader, broken: BrokenVideos) -> Iterator[VideoBatch]:
     except UserError as error:
         raise worker_error(error) from error
     except (RuntimeError, OSError) as error:
+        if not any(words in str(error) for words in _SIGNS_OF_LACK):
+            raise  # a fault of this code: the traceback says where
         lines = [line for line in str(error).splitlines() if line.strip()]
         reason = lines[-1] if str(error).startswith("Caught ") else " ".join(lines)  # else a worker's traceback
         raise UserError(f"a data loading process died ({reason}); fewer -j, or more memory or /dev/shm") from error

@@ -73,7 +73,9 @@ class TrainingState:
             if flag not in flags_that_may_differ and self.flags.get(flag) != value:
                 name = flag if flag == "processes" else f"--{flag.replace('_', '-')}"
                 print(f"note: {name} was {value}, is now {self.flags.get(flag)}")
-        if state["best"] is not None and state["selection"] == self.selection:
+        # (A best of an epoch still to come is another try's, from before the run went back to this checkpoint.)
+        is_past = state["best"] is not None and state["best"]["epoch"] <= position.epoch
+        if is_past and state["selection"] == self.selection:
             self.best = state["best"]
         elif position.epoch > 0:
             print("note: the best epoch so far was chosen elsewhere or on other videos; it is chosen anew from here")
@@ -153,7 +155,7 @@ def fit(
     cannot go on (UserError): the others leave with it.
     """
     passes = dict(device=device, precision=precision, stride=stride, processes=processes)
-    broken, broken_in_test = BrokenVideos(), BrokenVideos()
+    broken, broken_in_test = BrokenVideos(processes.count), BrokenVideos(processes.count)
     processes.from_main(lambda: run.begin(state.position.epoch))
     network = processes.replicate(state.model, device, accumulates=accumulation_steps > 1)
     clock = _CheckpointClock(checkpoint_minutes)

@@ -1,5 +1,6 @@
 """How a script starts and ends: signals, one line for a user's mistake, nothing left behind."""
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -45,7 +46,7 @@ _GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe",
 
 def _message_failed(error: Exception) -> bool:
     """Whether this is about sending or receiving a message."""
-    if not torch.distributed.is_initialized():
+    if not torch.distributed.is_initialized() or isinstance(error, OSError):  # (a broken pipe may be stdout's)
         return False
     return isinstance(error, torch.distributed.DistError) or any(words in str(error) for words in _GONE)
 
@@ -95,8 +96,9 @@ def run_script(main: Callable[[], int | None]) -> NoReturn:
     leave_run_folders()
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         if status:  # others may wait for this process: leaving in order would wait for them
-            sys.stdout.flush()
-            sys.stderr.flush()
+            for stream in (sys.stdout, sys.stderr):
+                with contextlib.suppress(OSError):
+                    stream.flush()
             os._exit(status)
         torch.distributed.destroy_process_group()
     sys.exit(status)
