@@ -43,13 +43,14 @@ class DemoSettings:
     side_pixels: int = 80
     shapes: int = 6
     seed: int = 0
-    version: int = 1  # of the drawing code below
+    version: int = 2  # of the code below
 
 
 def generate_demo(root: Path, settings: DemoSettings, workers: int) -> tuple[Path, Path]:
     """Write the data set under `root` unless it is there already, with these settings.
 
-    Returns (data_root, annotation_path) for `dataset.records.read_hmdb51`.
+    Returns (data_root, annotation_path) for `dataset.records.read_hmdb51`. train.txt and val.txt name the
+    same videos for `dataset.lists`.
     """
     videos, splits, stamp = root / "videos", root / "splits", root / "demo_settings.json"
     wanted = asdict(settings)
@@ -64,7 +65,7 @@ def generate_demo(root: Path, settings: DemoSettings, workers: int) -> tuple[Pat
         for folder in (videos, splits):
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
-        tasks = []
+        tasks, lists = [], {"train": [], "test": []}
         for label, name in enumerate(CLASSES):
             (videos / name).mkdir()
             lines = []
@@ -74,7 +75,10 @@ def generate_demo(root: Path, settings: DemoSettings, workers: int) -> tuple[Pat
                     file = f"{part}{number:04d}_{name}_f_nm_np1_fr_goo_0.avi"
                     tasks.append((videos / name / file, label, part, number, settings))
                     lines.append(f"{file} {1 if part == 'train' else 2}\n")
+                    lists[part].append(f"videos/{name}/{file} {label}\n")
             (splits / f"{name}_test_split1.txt").write_text("".join(lines))
+        (root / "train.txt").write_text("".join(lists["train"]))
+        (root / "val.txt").write_text("".join(lists["test"]))
         context = multiprocessing.get_context("fork" if hasattr(os, "fork") else "spawn")
         with (
             ProcessPoolExecutor(workers, context, leave_signals_to_the_main_process) as pool,

@@ -6,6 +6,7 @@ import pytest
 from dataset.decode import decode_frames
 from dataset.demo import CLASSES, DemoSettings, draw_video, generate_demo
 from dataset.index import probe
+from dataset.lists import VideoList, read_lists
 from dataset.records import read_hmdb51
 from utils.errors import UserError
 
@@ -22,6 +23,15 @@ def test_layout_and_files(tiny_demo):
     assert len(split.train) == 24 and len(split.test) == 8 and not split.missing and not split.unlisted
     info = probe(split.train[0].path)
     assert (info.frames, info.width, info.height, info.fps, info.error) == (10, 40, 40, 30.0, None)
+
+
+def test_the_lists_name_the_same_videos(tiny_demo):
+    folder = tiny_demo[0].parent
+    parts = [VideoList(part, folder / f"{part}.txt", folder) for part in ("train", "val")]
+    lists, split = read_lists(*parts), read_hmdb51(*tiny_demo, split=1)
+    for listed, official in ((lists.train, split.train), (lists.test, split.test)):
+        assert sorted(record.path for record in listed) == sorted(record.path for record in official)
+        assert all(CLASSES[record.label] == record.path.split("/")[-2] for record in listed)
 
 
 def test_it_is_drawn_the_same_again(tmp_path, tiny_demo):

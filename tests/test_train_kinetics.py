@@ -169,9 +169,9 @@ def test_the_newest_checkpoint_is_damaged(monkeypatch, capfd, list_flags, undist
 
 def test_a_video_deleted_and_one_corrupted_in_mid_epoch(monkeypatch, capfd, list_flags, tiny_demo, tmp_path):
     monkeypatch.setattr("dataset.video.RETRY_SECONDS", (0.0,))
-    root = shutil.copytree(tiny_demo[0], tmp_path / "videos")
+    root = shutil.copytree(tiny_demo[0].parent, tmp_path / "demo")
     flags = list_flags | {"--data-root": root, "--epochs": 3, "-b": 4}
-    deleted, corrupted = sorted(root.glob("*/train*.avi"))[1:3]
+    deleted, corrupted = sorted(root.glob("videos/*/train*.avi"))[1:3]
 
     def damage():
         deleted.unlink()
@@ -225,7 +225,7 @@ def test_a_full_disk_in_mid_epoch(monkeypatch, capfd, list_flags, undisturbed):
 def test_only_testing_leaves_the_runs_lists_alone(monkeypatch, capfd, list_flags, tmp_path):
     train = tmp_path / "train.txt"
     train.write_text(Path(list_flags["--train-list"]).read_text() + "\ngone/x.avi 3")
-    flags = list_flags | {"--train-list": train, "--epochs": 1}
+    flags = list_flags | {"--train-list": train, "--train-root": Path(list_flags["--train-list"]).parent, "--epochs": 1}
     assert run(monkeypatch, capfd, flags)[0] == 0
     missing = (Path(flags["--run-dir"]) / "missing.txt").read_text()
     status, _, err = run(
