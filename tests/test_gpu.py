@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from dataset.residual import key_residual_split
-from tests.script import command_line, metrics
+from tests.script import command_line, finish, metrics, start_python
 from tests.test_engine import make_loader
 from tests.test_golden import CASES, GOLDEN, TOLERANCE, build, golden_input
 from utils.device import choose_precision
@@ -62,3 +62,15 @@ def test_training_runs_on_the_gpu(cuda, tiny_demo, tmp_path, monkeypatch, flags)
     monkeypatch.setattr(sys, "argv", ["train_fusion.py", *command_line(every | flags)])
     assert train_fusion.main() == 0
     assert len(metrics(tmp_path / "run")) == 2
+
+
+@pytest.mark.parametrize("more", [{}, {"--sync-bn": None, "--accumulate": 2}], ids=["plain", "sync-bn"])
+def test_two_gpus(tiny_lists, tmp_path, more):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices")
+    flags = tiny_lists | more | {
+        "--weights": "none", "--downsample": None, "-T": 4, "--stride": 2, "--size": 32, "-b": 4, "-j": 1,
+        "--epochs": 2, "--index-dir": tmp_path / "index", "--run-dir": tmp_path / "run",
+    }  # fmt: skip
+    finish(start_python(["train_kinetics.py", *command_line(flags)], processes=2))
+    assert [line["counts"]["videos"] for line in metrics(tmp_path / "run")] == [8, 8]

@@ -207,6 +207,24 @@ def test_going_on_without_a_video_that_is_gone(monkeypatch, capfd, in_mid_epoch,
     assert len(clips) == 24  # another start still knows the run's clips
 
 
+def test_going_back_to_an_earlier_checkpoint(monkeypatch, capfd, flags):
+    """What is gone on from is the newest from then on, should the run be killed at once; and a best epoch that
+    is yet to come again does not count."""
+    assert run_here(monkeypatch, capfd, flags | {"--epochs": 3, "--keep": 3})[0] == 0
+    run = Path(flags["--run-dir"])
+    first = load_checkpoint(run / "last-2.pt")
+    assert first["position"]["epoch"] == 1
+    back = flags | {"--epochs": 3, "--keep": 3, "--resume": run / "last-2.pt"}
+    with monkeypatch.context() as patch:
+        patch.setattr("utils.stopping.StopRequest.requested", lambda self: True)
+        status, out, err = run_here(patch, capfd, back)
+        assert status == 0 and "in epoch 2 after 0 clips" in out, err
+    assert load_checkpoint(run / "last.pt")["position"]["epoch"] == 1
+    best = load_checkpoint(run / "last.pt")["best"]["epoch"]
+    assert best is None or best <= 1
+    assert [line["epoch"] for line in metrics(run)] == [0]
+
+
 def test_only_testing(monkeypatch, capfd, flags, tmp_path):
     assert run_here(monkeypatch, capfd, flags)[0] == 0
     run = Path(flags["--run-dir"])

@@ -42,6 +42,7 @@ class TrainingState:
     flags: dict  # of the script, and the number of processes
     position: TrainPosition
     best: dict = field(default_factory=lambda: dict(NO_BEST))
+    restored_from: Path | None = None
 
     def save(self, path: Path, keep: int = 1) -> None:
         """Write all of it and the random state to `path`, atomically. Raises UserError."""
@@ -59,7 +60,7 @@ class TrainingState:
                 f"{path}: stopped in mid-epoch with --seed {state['flags']['seed']}, now {self.flags['seed']}; "
                 "continue with the same one until the epoch ends"
             )
-        self.position = position
+        self.position, self.restored_from = position, path
         self.model.load_state_dict(state["model"])
         hyperparameters = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
@@ -167,6 +168,8 @@ def fit(
         processes.from_main(lambda: _save_last(state, run, keep, lines))
         clock.restart()
 
+    if state.restored_from not in (None, run.last):  # another than --resume auto would take, from now on its own
+        save()
     with StopRequest() as stop:
         while state.position.epoch < epochs:
             epoch = state.position.epoch
