@@ -116,16 +116,14 @@ def resumable(tiny_demo, folder: Path) -> dict:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGINT])
-def test_killed_at_a_random_moment_and_resumed_to_the_bit(tiny_demo, tmp_path, undisturbed, kind):
+def test_interrupted_at_a_random_moment_and_resumed_to_the_bit(tiny_demo, tmp_path, undisturbed):
+    """Ctrl-C; the other signals, SIGKILL among them, are in test_processes.py."""
     flags, run = resumable(tiny_demo, tmp_path), tmp_path / "run"
     process = start(flags)
     wait_until(lambda: (run / "metrics.jsonl").exists() and len(metrics(run)) >= 1, process)
-    time.sleep(random.Random(f"{kind}").uniform(0, 1.5))
-    process.send_signal(kind)
-    out, _ = process.communicate(timeout=120)
-    if kind != signal.SIGKILL:
-        assert process.returncode == 0, out
+    time.sleep(random.Random(3).uniform(0, 1.5))
+    process.send_signal(signal.SIGINT)
+    finish(process)
     finish(start(flags))
     assert comparable(run) == comparable(undisturbed)
     assert same_weights(run, undisturbed)
