@@ -38,7 +38,7 @@ from utils.engine import TrainPosition, cosine_with_warmup
 from utils.errors import ArgumentParser, UserError
 from utils.fit import TrainingState, fit, in_checkpoint_order, score
 from utils.flags import check_flags
-from utils.run_folder import RunFolder
+from utils.run_folder import RunFolder, continues_run
 from utils.script import run_script
 from utils.seed import seed_all
 
@@ -154,7 +154,8 @@ def main() -> int:
     device, processes = join_processes(args.device)
     precision = choose_precision(device, args.amp)
     seed_all(args.seed)
-    run = processes.from_main(lambda: RunFolder(Path(args.run_dir), continues_run(args), args.overwrite))
+    resuming = continues_run(args.resume, args.run_dir, args.test_only)
+    run = processes.from_main(lambda: RunFolder(Path(args.run_dir), resuming, args.overwrite))
     print(f"run folder: {run.path}; {device_name(device)}, {str(precision or torch.float32).removeprefix('torch.')}")
     resumed = processes.from_main(lambda: find_checkpoint(args.resume, run.path, needed=args.test_only))
 
@@ -299,13 +300,6 @@ def build(
     if args.compile:
         model.compile()
     return state
-
-
-def continues_run(args: argparse.Namespace) -> bool:
-    """Whether the run folder's own run goes on: --resume auto, or one of its checkpoints; or is only tested."""
-    return args.resume is not None and (
-        args.test_only or args.resume == "auto" or Path(args.resume).resolve().parent == Path(args.run_dir).resolve()
-    )
 
 
 if __name__ == "__main__":

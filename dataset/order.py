@@ -56,8 +56,6 @@ class TestBatches(Sampler):
     """Every clip once, in order. Whole videos are dealt out to the processes, so that each can score its
     own and only counts need adding; `steps` is the longest process's number of batches."""
 
-    __test__ = False  # not a test, whatever pytest thinks of the name
-
     def __init__(self, clips: numpy.ndarray, batch_size: int, rank: int = 0, processes: int = 1):
         owner = clips[:, 0] % processes
         self._own = numpy.flatnonzero(owner == rank)

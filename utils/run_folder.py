@@ -27,6 +27,13 @@ _locked: dict[Path, IO] = {}  # folder -> its lock file, open
 _PACKAGES = ("torch", "torchvision", "triton", "spikingjelly", "av", "numpy")
 
 
+def continues_run(resume: str | None, run_dir: str, test_only: bool) -> bool:
+    """Whether the run folder's own run goes on (--resume auto, or one of its checkpoints) or is only tested."""
+    return resume is not None and (
+        test_only or resume == "auto" or Path(resume).resolve().parent == Path(run_dir).resolve()
+    )
+
+
 class RunFolder:
     """What a run writes; only its main process does. Creates `path`. A folder that holds a run already is
     only opened to continue that very run, or with `overwrite`; what it holds is then replaced by `begin`,
