@@ -46,6 +46,9 @@ lint: $(READY)
 bench: $(READY)
 	$(BIN)/python -m benchmarks.bench_step
 	$(BIN)/python -m benchmarks.bench_decode $(CLIPS)
+	$(BIN)/python -m benchmarks.bench_loader $(CLIPS)/kinetics400
+	$(BIN)/python -m benchmarks.bench_index $(CLIPS)/hmdb51 $(CLIPS)/ucf101 $(CLIPS)/kinetics400
+	$(BIN)/python -m benchmarks.bench_scaling
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache
