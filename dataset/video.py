@@ -5,6 +5,7 @@ what was drawn before. That is what makes a resumed run see what an undisturbed 
 """
 
 import random
+import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -146,4 +147,6 @@ def make_loader(dataset: VideoDataset, batches: Sampler, workers: int, pin: bool
         persistent_workers=workers > 0,
         prefetch_factor=2 if workers > 0 else None,
         worker_init_fn=leave_signals_to_the_main_process,
+        # Not what newer versions of Python start by default: workers end with the process they are forked from.
+        multiprocessing_context="fork" if workers > 0 and sys.platform == "linux" else None,
     )

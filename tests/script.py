@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -50,10 +51,14 @@ def start(flags: dict) -> subprocess.Popen:
 
 def start_python(arguments: list[str], processes: int = 1) -> subprocess.Popen:
     """A Python script, under torchrun where there are several processes."""
-    python, environment = [sys.executable], {**os.environ, "PYTHONPATH": str(ROOT)}
+    python, environment = [sys.executable, "-X", "faulthandler"], {**os.environ, "PYTHONPATH": str(ROOT)}
     if processes > 1:
         python += ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", str(free_port())]
-        environment |= {"OMP_NUM_THREADS": "1", "TORCHELASTIC_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGUSR2"}
+        environment |= {
+            "OMP_NUM_THREADS": "1",
+            "PYTHONFAULTHANDLER": "1",
+            "TORCHELASTIC_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGUSR2",
+        }
     return subprocess.Popen(
         [*python, *arguments],
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,
@@ -68,9 +73,31 @@ def free_port() -> int:
 
 def finish(process: subprocess.Popen, seconds: float = 300) -> str:
     """What a process says until it ends, which it must with status 0."""
-    out, _ = process.communicate(timeout=seconds)
+    out = said(process, seconds)
     assert process.returncode == 0 and "Traceback" not in out, out
     return out
+
+
+def said(process: subprocess.Popen, seconds: float = 60) -> str:
+    """What a process says until it ends. After `seconds` the test fails and shows where each process stood."""
+    try:
+        return process.communicate(timeout=seconds)[0]
+    except subprocess.TimeoutExpired:
+        for number in reversed(family(process.pid)):
+            os.kill(number, signal.SIGABRT)
+        pytest.fail(f"not done after {seconds} s:\n{process.communicate()[0]}")
+
+
+def children(process: int) -> list[int]:
+    try:
+        return sorted(map(int, Path(f"/proc/{process}/task/{process}/children").read_text().split()))
+    except FileNotFoundError:
+        return []
+
+
+def family(process: int) -> list[int]:
+    """The process and all that it has started, and those they have."""
+    return [process, *(number for child in children(process) for number in family(child))]
 
 
 def wait_until(condition, process: subprocess.Popen, seconds: float = 120) -> None:

@@ -10,7 +10,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.script import command_line, comparable, finish, metrics, same_weights, start_python, wait_until
+from tests.script import (
+    children,
+    command_line,
+    comparable,
+    finish,
+    metrics,
+    said,
+    same_weights,
+    start_python,
+    wait_until,
+)
 from utils.checkpoint import load_checkpoint
 
 HELPER = "tests/processes.py"
@@ -54,7 +64,7 @@ def flags_in(folder: Path, lists: dict, processes: int = 2) -> dict:
     return lists | {
         "--weights": "none", "-T": 4, "--stride": 2, "--size": 32, "-j": 1, "--epochs": 3, "-lr": 0.001,
         "--branches": "snn", "--index-dir": folder / "index", "--run-dir": folder / "run", "--resume": "auto",
-        "--checkpoint-minutes": 0.01, "-b": 3 // processes,
+        "--checkpoint-minutes": 0.02, "-b": 3 // processes,
     }  # fmt: skip
 
 
@@ -79,7 +89,8 @@ def test_killed_in_mid_epoch_and_resumed_to_the_bit(tiny_lists, tmp_path, proces
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     for folder in (whole, parts):
         folder.mkdir()
-    finish(start_logged(whole, flags_in(whole, tiny_lists, processes), processes))
+    undisturbed = flags_in(whole, tiny_lists, processes) | {"--checkpoint-minutes": 0}
+    finish(start_logged(whole, undisturbed, processes))
 
     moment = random.Random(processes)
     done = 0
@@ -90,7 +101,7 @@ def test_killed_in_mid_epoch_and_resumed_to_the_bit(tiny_lists, tmp_path, proces
         time.sleep(moment.uniform(0, 0.2))
         sent = time.monotonic()
         send(way, process, processes)
-        out, _ = process.communicate(timeout=60)
+        out = said(process)
         assert time.monotonic() - sent < 30
         if way != "SIGKILL":
             assert "continue with --resume auto" in out and "error: " not in out, out
@@ -122,16 +133,12 @@ def send(way: str, process, processes: int) -> None:
         process.send_signal(signal.SIGKILL if way == "launcher" else getattr(signal, way))
 
 
-def children(process: int) -> list[int]:
-    return sorted(map(int, Path(f"/proc/{process}/task/{process}/children").read_text().split()))
-
-
 def test_one_process_that_cannot_go_on_takes_all_along(tiny_lists, tmp_path):
     """A data loading process of one of two is killed: all save and leave, and the run goes on from there."""
     process = start_logged(tmp_path, flags_in(tmp_path, tiny_lists), 2)
     wait_until(lambda: trained_steps(tmp_path) >= 2, process)
     os.kill(children(children(process.pid)[-1])[0], signal.SIGKILL)
-    out, _ = process.communicate(timeout=60)
+    out = said(process)
     assert process.returncode != 0 and out.count("error: ") == 1, out
     assert "error: process 1: " in out and "a data loading process died" in out
     position = load_checkpoint(tmp_path / "run/last.pt")["position"]
@@ -143,6 +150,6 @@ def test_one_process_that_cannot_go_on_takes_all_along(tiny_lists, tmp_path):
 def test_a_mistake_is_said_once(tiny_lists, tmp_path):
     for change in ({"--weights": "no.pth", "--branches": "both"}, {"--train-list": "/nowhere.txt"}, {"-T": 5}):
         process = start_logged(tmp_path, flags_in(tmp_path, tiny_lists) | change, 2)
-        out, _ = process.communicate(timeout=60)
+        out = said(process)
         assert process.returncode != 0 and out.count("error: ") == 1, out
         assert "train_kinetics.py" not in out.split("error: ")[0], out  # no traceback of ours before it
