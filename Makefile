@@ -37,7 +37,7 @@ test: $(READY)
 	$(BIN)/python -m pytest
 
 test-gpu: $(READY)
-	$(BIN)/python -m pytest -m gpu
+	$(BIN)/python -m pytest -m "gpu or kernels"
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -26,12 +26,13 @@ from dataset.table import VideoTable, clip_names, count_short, drawn_clips, ever
 from dataset.transforms import test_transforms, train_transform
 from dataset.video import VideoDataset, make_loader
 from models import ReSpike
+from models.neurons import BACKENDS, runs_on_triton
 from models.resnet import BACKBONES
 from models.respike import BRANCHES, FUSIONS
 from models.spiking_resnet import BATCH_NORMS
 from models.sync_batch_norm import synchronise_batch_norm
 from utils.checkpoint import find_checkpoint, load_checkpoint
-from utils.device import choose_precision, cpu_count, device_name
+from utils.device import choose_algorithms, choose_precision, cpu_count, device_name
 from utils.distributed import Processes, join_processes, local_processes
 from utils.engine import TrainPosition, cosine_with_warmup
 from utils.errors import ArgumentParser, UserError
@@ -53,7 +54,7 @@ MOMENTUM = 0.9
 # Flags that may differ between a run and its continuation without a word.
 NOT_TRAINING_FLAGS = {
     "resume", "run_dir", "overwrite", "workers", "index_dir", "weights", "device", "data_root", "annotation_path",
-    "checkpoint_minutes", "keep", "test_only",
+    "checkpoint_minutes", "keep", "test_only", "lif_backend", "pack_spikes", "deterministic",
 }  # fmt: skip
 
 
@@ -108,6 +109,12 @@ def parse_args() -> argparse.Namespace:
     add("--amp", action=yes_no, default=True,
         help="mixed precision: bf16 where the hardware has it, fp16 on older GPUs; --no-amp is fp32")
     add("--sync-bn", action=yes_no, default=False, help="batch norm statistics of all processes; takes more memory")
+    add("--lif-backend", default="auto", choices=BACKENDS,
+        help="code of the spiking layers: fused GPU kernels, plain PyTorch, SpikingJelly; auto: kernels on a GPU")
+    add("--pack-spikes", action=yes_no, default=False,
+        help="keep spikes as one bit each for the backward pass: less memory, some more time")
+    add("--deterministic", action=yes_no, default=False,
+        help="the same numbers in every run on the same hardware, at some cost in time")
     add("--compile", action=yes_no, default=False, help="torch.compile the network")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cuda:1 or cpu")
 
@@ -140,6 +147,8 @@ def main() -> int:
     device, processes = join_processes(args.device)
     precision = choose_precision(device, args.amp)
     seed_all(args.seed)
+    choose_algorithms(args.deterministic)
+    processes.together(lambda: runs_on_triton(args.lif_backend, torch.empty(0, device=device)))  # if asked for
     resuming = continues_run(args.resume, args.run_dir, args.test_only)
     run = processes.from_main(lambda: RunFolder(Path(args.run_dir), resuming, args.overwrite))
     print(f"run folder: {run.path}; {device_name(device)}, {str(precision or torch.float32).removeprefix('torch.')}")
@@ -281,7 +290,10 @@ def build(
         branches=args.branches, fusion=args.fusion, snn_batch_norm=args.snn_bn,
     )  # fmt: skip
     # The other processes take the main one's weights (Processes.replicate).
-    model = ReSpike(**network, weights=args.weights if resumed is None and processes.is_main else None)
+    model = ReSpike(
+        **network, weights=args.weights if resumed is None and processes.is_main else None,
+        lif_backend=args.lif_backend, pack_spikes=args.pack_spikes,
+    )  # fmt: skip
     if args.sync_bn and processes.count > 1:
         synchronise_batch_norm(model)
     model = model.to(device, memory_format=torch.channels_last)

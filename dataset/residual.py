@@ -3,10 +3,14 @@
 import torch
 from torch import Tensor
 
+from dataset import residual_kernel
 from utils.errors import UserError
+from utils.triton_language import why_not_on
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # RGB, in units of full scale
 IMAGENET_STD = (0.229, 0.224, 0.225)
+_SCALE = tuple(1.0 / (255.0 * std) for std in IMAGENET_STD)
+_SCALED_MEAN = tuple(mean / std for mean, std in zip(IMAGENET_MEAN, IMAGENET_STD, strict=True))
 
 
 def check_stride(frames: int, stride: int) -> None:
@@ -20,32 +24,41 @@ def check_stride(frames: int, stride: int) -> None:
         )
 
 
-def key_residual_split(clip: Tensor, stride: int) -> tuple[Tensor, Tensor]:
+def key_residual_split(clip: Tensor, stride: int, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
     """Key frames, and the others minus their key frame (ReSpike, arXiv 2409.01564, section 3.1).
 
     clip: [B, T, 3, H, W], T a multiple of `stride`. uint8 is scaled to [0, 1] and normalised with
     ImageNet's mean and standard deviation per channel (the mean cancels in a residual); a
     floating-point clip is taken as normalised already.
 
-    Returns key [B, T/stride, 3, H, W] and residual [B, T/stride, stride-1, 3, H, W], in the clip's
-    type, float32 from uint8. Both lie in memory channels-last and the residual time first, as the
-    network reads them. Raises UserError where stride is below 2 or does not divide T.
+    Returns key [B, T/stride, 3, H, W] and residual [B, T/stride, stride-1, 3, H, W], in `dtype`; None:
+    the clip's type, float32 from uint8. Both lie in memory channels-last and the residual time first, as
+    the network reads them. Raises UserError where stride is below 2 or does not divide T.
     """
     if clip.dim() != 5 or clip.shape[2] != 3:
         raise UserError(f"clip must be [B, T, 3, H, W], got {list(clip.shape)}")
     check_stride(clip.shape[1], stride)
-    segments = clip.unflatten(1, (-1, stride)).permute(2, 0, 1, 4, 5, 3)  # [stride, B, K, H, W, 3]
-    if clip.dtype == torch.uint8:
-        std = torch.tensor(IMAGENET_STD, device=clip.device)
-        mean = torch.tensor(IMAGENET_MEAN, device=clip.device)
-        key = segments[0].to(torch.float32, memory_format=torch.contiguous_format)
-        residual = segments[1:].to(torch.float32, memory_format=torch.contiguous_format)
-        # Whole numbers up to 255 are exact in float32: the residual of a static clip is exactly zero.
-        residual.sub_(key).mul_(1.0 / (255.0 * std))
-        key.mul_(1.0 / (255.0 * std)).sub_(mean / std)
-    elif clip.is_floating_point():
+    if clip.dtype != torch.uint8 and not clip.is_floating_point():
+        raise UserError(f"clip must be uint8 or floating point, got {clip.dtype}")
+    frames = clip.unflatten(1, (-1, stride)).permute(0, 1, 2, 4, 5, 3)  # [B, K, stride, H, W, 3]
+    if clip.dtype == torch.uint8 and clip.is_cuda and why_not_on("cuda") is None:
+        key, residual = residual_kernel.split(frames.contiguous(), _SCALE, _SCALED_MEAN, dtype or torch.float32)
+    else:
+        key, residual = _split(frames, dtype)
+    return key.permute(0, 1, 4, 2, 3), residual.permute(1, 2, 0, 5, 3, 4)
+
+
+def _split(frames: Tensor, dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
+    """[B, K, stride, H, W, 3] -> (key [B, K, H, W, 3], residual [stride-1, B, K, H, W, 3])"""
+    segments = frames.movedim(2, 0)
+    if frames.dtype != torch.uint8:
         key = segments[0].contiguous()
         residual = segments[1:].contiguous() - key
     else:
-        raise UserError(f"clip must be uint8 or floating point, got {clip.dtype}")
-    return key.permute(0, 1, 4, 2, 3), residual.permute(1, 2, 0, 5, 3, 4)
+        scale = torch.tensor(_SCALE, device=frames.device)
+        key = segments[0].to(torch.float32, memory_format=torch.contiguous_format)
+        residual = segments[1:].to(torch.float32, memory_format=torch.contiguous_format)
+        # Whole numbers up to 255 are exact in float32: the residual of a static clip is exactly zero.
+        residual.sub_(key).mul_(scale)
+        key.mul_(scale).sub_(torch.tensor(_SCALED_MEAN, device=frames.device))
+    return (key, residual) if dtype is None else (key.to(dtype), residual.to(dtype))

@@ -1,50 +1,20 @@
-"""The spiking neuron: its parameters, the function over all time steps, and the module.
+"""The spiking neuron: the function over all time steps, the module, and which code runs them.
 
 `LIFParameters` is the whole semantics of the neuron in one frozen value that every backend takes.
 `lif` runs it; `backend` says with which code, and only "auto" chooses.
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
 
+from models.kernels import operators
+from models.kernels.parameters import LIFParameters
 from models.kernels.reference import lif_reference
+from models.kernels.triton_lif import MAX_STEPS
+from utils.errors import UserError
+from utils.triton_language import why_not_on
 
-SURROGATES = ("atan", "sigmoid", "triangle")
-BACKENDS = ("auto", "reference", "spikingjelly")
-
-
-@dataclass(frozen=True)
-class LIFParameters:
-    """Leaky integrate-and-fire semantics, per time step t (ReSpike, arXiv 2409.01564, section 3):
-
-        charge   h_t = v_{t-1} + (x_t - v_{t-1}) / tau
-        fire     s_t = 1 where h_t >= v_threshold, else 0
-        reset    hard: v_t = h_t (1 - s_t) + v_reset s_t;  soft (v_reset None): v_t = h_t - v_threshold s_t
-
-    The derivative ds/dh is the surrogate's, with z = h_t - v_threshold:
-        atan      alpha / 2 / (1 + (pi / 2 * alpha * z)^2)      (alpha 2: 1 / (1 + (pi z)^2), as published)
-        sigmoid   alpha * sigma(alpha z) * (1 - sigma(alpha z))
-        triangle  max(0, alpha - alpha^2 |z|)                   (height alpha, area 1)
-    """
-
-    tau: float = 4.0 / 3.0  # membrane time constant, in time steps
-    v_threshold: float = 1.0
-    v_reset: float | None = 0.0  # None: soft reset
-    surrogate: str = "atan"
-    alpha: float = 2.0  # steepness of the surrogate
-    detach_reset: bool = True  # no gradient through the reset's spike
-
-    def __post_init__(self):
-        if not self.tau >= 1.0:
-            raise ValueError(f"tau must be at least 1 time step, got {self.tau}")
-        if self.surrogate not in SURROGATES:
-            raise ValueError(f"surrogate must be one of {', '.join(SURROGATES)}, got {self.surrogate!r}")
-        if not self.alpha > 0.0:
-            raise ValueError(f"alpha must be positive, got {self.alpha}")
-        if self.v_reset is not None and not self.v_reset < self.v_threshold:
-            raise ValueError(f"v_reset must be below v_threshold {self.v_threshold}, got {self.v_reset}")
+BACKENDS = ("auto", "triton", "reference", "spikingjelly")
 
 
 def lif(
@@ -56,21 +26,44 @@ def lif(
     step; zero if None. Returns (spikes [S, ...] in the current's type, v [...] the membrane after the
     last step; from "reference", float32 where the current is float16 or bfloat16).
 
-    backend: "reference" (plain PyTorch, membrane recomputed in the backward pass), "spikingjelly"
-    (its multi-step LIFNode), or "auto", which takes the fastest that this build has. Raises
-    ValueError for an unknown backend, for current without a time step, and for v0 of another shape.
+    backend: "triton" (fused GPU kernels), "reference" (plain PyTorch), both with the membrane recomputed
+    in the backward pass, "spikingjelly" (its multi-step LIFNode), or "auto": triton for tensors on a GPU
+    where it runs, else reference. Raises ValueError for an unknown backend, for current without a time
+    step, and for v0 of another shape; UserError for a backend that cannot run on the current's device.
     """
-    if backend not in BACKENDS:
-        raise ValueError(f"LIF backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     if current.dim() < 1 or current.shape[0] < 1:
         raise ValueError(f"current must be [S, ...] with S >= 1 time steps, got {list(current.shape)}")
     if not current.is_floating_point():
         raise ValueError(f"current must be floating point, got {current.dtype}")
     if v0 is not None and v0.shape != current.shape[1:]:
         raise ValueError(f"v0 must be {list(current.shape[1:])} like one step of current, got {list(v0.shape)}")
+    if runs_on_triton(backend, current):
+        return _lif_triton(current, parameters, v0)
     if backend == "spikingjelly":
         return _lif_spikingjelly(current, parameters, v0)
     return lif_reference(current, parameters, v0)
+
+
+def runs_on_triton(backend: str, x: Tensor) -> bool:
+    """Whether the backend's code for x is Triton's. Raises UserError where it was asked for and cannot run."""
+    if backend not in BACKENDS:
+        raise ValueError(f"LIF backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    if backend == "triton":
+        reason = why_not_on(x.device.type)
+        if reason is not None:
+            raise UserError(f"--lif-backend triton: {reason}; take auto or reference")
+        return True
+    return backend == "auto" and x.device.type == "cuda" and why_not_on("cuda") is None
+
+
+def _lif_triton(current: Tensor, parameters: LIFParameters, v0: Tensor | None) -> tuple[Tensor, Tensor]:
+    if current.shape[0] <= MAX_STEPS:
+        return operators.lif(current, v0, *parameters.as_arguments())
+    parts = []
+    for part in current.split(MAX_STEPS):
+        spikes, v0 = operators.lif(part, v0, *parameters.as_arguments())
+        parts.append(spikes)
+    return torch.cat(parts), v0
 
 
 def _lif_spikingjelly(current: Tensor, parameters: LIFParameters, v0: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -117,6 +110,10 @@ class LIF(nn.Module):
 
     def forward(self, current: Tensor) -> Tensor:
         spikes, _ = lif(current, self.parameters_, backend=self.backend)
+        return self.counted(spikes)
+
+    def counted(self, spikes: Tensor) -> Tensor:
+        """The spikes of this layer, counted if they are to be; for kernels that fire in passing."""
         if self.count_spikes:
             self.spike_sum += spikes.detach().sum(dtype=torch.float64)
             self.neuron_steps += spikes.numel()

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor, nn
 
 from models.attention import CrossAttentionFusion
-from models.neurons import LIF, LIFParameters
+from models.kernels.parameters import LIFParameters
+from models.neurons import BACKENDS, LIF
 from models.published import rename_published_state_dict
 from models.resnet import ResNetStages
 from models.spiking_resnet import SpikingResNetStages
@@ -27,8 +28,9 @@ class ReSpike(nn.Module):
     downsample: fuse at all four stages, the first two pooled by 4 and 2; else at stages 2, 3 and 4
     at full size. weights: ImageNet weights of the ANN branch (`models.resnet.load_weights`).
     branches: "ann" or "snn" trains that branch alone. fusion: "concat" joins the branches at the
-    head only. snn_batch_norm: "per-step" (as published) or "merged". Raises UserError for a value
-    that is none of these.
+    head only. snn_batch_norm: "per-step" (as published) or "merged". lif_backend: as `models.neurons.lif`.
+    pack_spikes: keep one bit a spike for the backward pass (`models.kernels.packing`). Raises UserError
+    for a value that is none of these.
     """
 
     def __init__(
@@ -42,6 +44,8 @@ class ReSpike(nn.Module):
         fusion: str = "cross",
         snn_batch_norm: str = "per-step",
         neuron: LIFParameters = LIFParameters(),
+        lif_backend: str = "auto",
+        pack_spikes: bool = False,
     ):
         super().__init__()
         if stride < 2:
@@ -50,12 +54,16 @@ class ReSpike(nn.Module):
             raise UserError(f"num_classes must be at least 1, got {num_classes}")
         if branches not in BRANCHES:
             raise UserError(f"branches must be one of {', '.join(BRANCHES)}, got {branches!r}")
+        if lif_backend not in BACKENDS:
+            raise UserError(f"lif_backend must be one of {', '.join(BACKENDS)}, got {lif_backend!r}")
         if fusion not in FUSIONS:
             raise UserError(f"fusion must be one of {', '.join(FUSIONS)}, got {fusion!r}")
         self.stride = stride
         self.downsample = downsample
         self.ann = ResNetStages(backbone, weights) if branches != "snn" else None
-        self.snn = SpikingResNetStages(neuron, snn_batch_norm) if branches != "ann" else None
+        self.snn = None
+        if branches != "ann":
+            self.snn = SpikingResNetStages(neuron, snn_batch_norm, lif_backend, pack_spikes)
         self.fusions = nn.ModuleList([None] * 4)
         if branches == "both" and fusion == "cross":
             pools = DOWNSAMPLE_POOLS if downsample else (None, 1, 1, 1)
@@ -72,15 +80,18 @@ class ReSpike(nn.Module):
         if self.ann is not None:
             ann = self.ann.stem(key.flatten(0, 1))  # [B*K, 64, H/4, W/4]
         if self.snn is not None:
-            snn = self.snn.stem(residual.movedim(2, 0).flatten(1, 2))  # [S, B*K, 64, H/2, W/2]
+            residual = residual.movedim(2, 0).flatten(1, 2)  # [S, B*K, 3, H, W]
+            snn, spikes = self.snn.stem(residual, following=self._neurons_after(0))  # [S, B*K, 64, H/2, W/2] both
 
         for stage in range(4):
             if ann is not None:
                 ann = self.ann.stages[stage](ann)  # [B*K, C_ann, H', W']
             if snn is not None:
-                snn = self.snn.stages[stage](snn)  # [S, B*K, C, H', W']
+                fused_next = self.fusions[stage] is not None  # then the neurons take what fusion makes of it
+                following = None if fused_next else self._neurons_after(stage + 1)
+                snn, spikes = self.snn.stages[stage](snn, spikes, following)  # [S, B*K, C, H', W']
             if self.fusions[stage] is not None:
-                snn = self.fusions[stage](snn, ann)
+                snn, spikes = self.fusions[stage](snn, ann), None
 
         pooled = []
         if ann is not None:
@@ -89,6 +100,10 @@ class ReSpike(nn.Module):
             pooled.append(snn.mean((0, 3, 4)))  # [B*K, C]
         logits = self.head(torch.cat(pooled, dim=1))  # [B*K, classes]
         return logits.unflatten(0, (batch, key_frames)).mean(1)
+
+    def _neurons_after(self, stage: int) -> LIF | None:
+        """The neurons that the input of a stage goes to first."""
+        return self.snn.stages[stage][0].lif1 if stage < 4 else None
 
     def _check_shapes(self, key: Tensor, residual: Tensor) -> None:
         steps = self.stride - 1

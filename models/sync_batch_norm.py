@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from models.spiking_resnet import StepBatchNorm2d
+from models.spiking_resnet import StepBatchNorm2d, update_running
 
 
 def synchronise_batch_norm(model: nn.Module) -> None:
@@ -16,11 +16,12 @@ def synchronise_batch_norm(model: nn.Module) -> None:
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if type(child) is StepBatchNorm2d:
-                setattr(parent, name, _taken_over(SyncStepBatchNorm2d(child.num_features, child.mode), child))
+                new = SyncStepBatchNorm2d(child.num_features, child.mode, child.backend)
             elif type(child) is nn.BatchNorm2d:
-                setattr(
-                    parent, name, _taken_over(SyncBatchNorm2d(child.num_features, child.eps, child.momentum), child)
-                )
+                new = SyncBatchNorm2d(child.num_features, child.eps, child.momentum)
+            else:
+                continue
+            setattr(parent, name, _taken_over(new, child))
 
 
 def _taken_over(new: nn.BatchNorm2d, old: nn.BatchNorm2d) -> nn.BatchNorm2d:
@@ -40,12 +41,29 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
 class SyncStepBatchNorm2d(StepBatchNorm2d):
     """StepBatchNorm2d of [S, N, C, H, W] whose batch is that of all processes."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def normalise(self, x: Tensor) -> Tensor:
         if not self.training:
-            return super().forward(x)
+            return super().normalise(x)
         if self.mode == "merged":
             return _synchronised(x.flatten(0, 1).unsqueeze(0), self).squeeze(0).unflatten(0, x.shape[:2])
         return _synchronised(x, self)
+
+    def over_processes(self, mean: Tensor, variance: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """As a value alone: `models.kernels.operators.batch_norm` sees to the gradient."""
+        if not dist.is_initialized():
+            return mean, variance, None
+        all_means, all_variances, total = _over_processes(mean, variance, count)
+        return all_means.to(mean.dtype), all_variances.to(mean.dtype), total
+
+
+def _over_processes(mean: Tensor, variance: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(mean, biased variance [S, C], count []) of all processes, in float64: there mean^2 may be taken off
+    the mean of squares."""
+    mean, variance = mean.double(), variance.double()
+    sums = torch.cat([mean * count, (variance + mean.square()) * count, mean.new_full((len(mean), 1), count)], dim=1)
+    sums = _SumOverProcesses.apply(sums)  # [S, 2C + 1]
+    mean, square = (sums[:, :-1] / sums[:, -1:]).chunk(2, dim=1)
+    return mean, (square - mean.square()).clamp_min(0.0), sums[0, -1].detach()
 
 
 def _synchronised(x: Tensor, norm: nn.BatchNorm2d) -> Tensor:
@@ -53,20 +71,9 @@ def _synchronised(x: Tensor, norm: nn.BatchNorm2d) -> Tensor:
     the running ones."""
     values = x if x.dtype == torch.float64 else x.float()
     variance, mean = torch.var_mean(values, dim=(1, 3, 4), correction=0)  # [S, C]
-    count = x.numel() // (x.shape[0] * x.shape[2])
-    # Sums over processes in float64: there mean^2 may be taken off the mean of squares.
-    mean, variance = mean.double(), variance.double()
-    sums = torch.cat([mean * count, (variance + mean.square()) * count, mean.new_full((len(mean), 1), count)], dim=1)
-    sums = _SumOverProcesses.apply(sums)  # [S, 2C + 1]
-    mean, square = (sums[:, :-1] / sums[:, -1:]).chunk(2, dim=1)
-    variance = (square - mean.square()).clamp_min(0.0)
+    mean, variance, total = _over_processes(mean, variance, x.numel() // (x.shape[0] * x.shape[2]))
     with torch.no_grad():
-        total = sums[:, -1:]
-        unbiased = variance * (total / (total - 1).clamp_min(1))
-        for step in range(len(mean)):
-            norm.running_mean.lerp_(mean[step].to(norm.running_mean), norm.momentum)
-            norm.running_var.lerp_(unbiased[step].to(norm.running_var), norm.momentum)
-            norm.num_batches_tracked += 1
+        update_running(norm, mean, variance, total)
     scale = norm.weight * torch.rsqrt(variance + norm.eps).to(norm.weight)  # [S, C]
     shift = norm.bias - mean.to(norm.weight) * scale
     normalised = values * scale[:, None, :, None, None] + shift[:, None, :, None, None]

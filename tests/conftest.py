@@ -6,6 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
+# Without a GPU the kernels run in Triton's interpreter, which must be said before Triton is imported.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 from dataset.demo import DemoSettings, generate_demo
 
 # Real HMDB-51, UCF-101, Kinetics and awkward files with `frames.json`, and the official split files.

@@ -5,8 +5,10 @@ import math
 import pytest
 import torch
 
-from models.kernels.reference import lif_definition, lif_reference, surrogate_derivative
-from models.neurons import BACKENDS, LIF, SURROGATES, LIFParameters, lif
+from models.kernels.parameters import LIFParameters
+from models.kernels.reference import lif_definition, lif_reference
+from models.kernels.surrogates import SURROGATES, surrogate_derivative
+from models.neurons import BACKENDS, LIF, lif
 
 SHAPES = {"vector": (7, 13), "image": (4, 2, 6, 5, 7), "one step": (1, 2, 3, 5, 5), "no neurons": (3, 0)}
 

@@ -48,6 +48,15 @@ def choose_precision(device: torch.device, amp: bool) -> torch.dtype | None:
     return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else None
 
 
+def choose_algorithms(deterministic: bool) -> None:
+    """Of cuDNN, cuBLAS and PyTorch: the fastest found by trying, which may differ from run to run, or those that
+    give the same numbers every time."""
+    torch.backends.cudnn.benchmark = not deterministic
+    torch.use_deterministic_algorithms(deterministic, warn_only=True)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is first used
+
+
 def autocast(device: torch.device, precision: torch.dtype | None) -> contextlib.AbstractContextManager:
     return torch.autocast(device.type, dtype=precision, enabled=precision is not None)
 

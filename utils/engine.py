@@ -124,7 +124,7 @@ def train_one_epoch(
                         save()
                     last = number == len(group) - 1
                     if not agreed.empty:  # else nobody trains on this batch: every process has a part in the gradient
-                        key, residual = key_residual_split(batch.clips, stride)
+                        key, residual = key_residual_split(batch.clips, stride, precision)
                         if on_first_batch is not None:
                             on_first_batch(key, residual)
                             on_first_batch = None
@@ -231,7 +231,7 @@ def evaluate(
             if agreed.stop:
                 return None
             if len(batch.labels):
-                key, residual = key_residual_split(batch.clips, stride)
+                key, residual = key_residual_split(batch.clips, stride, precision)
                 logits = model(key, residual).float()
                 clips.add(logits, batch.labels, criterion(logits, batch.labels))
                 videos.add(logits, batch.labels, batch.videos)

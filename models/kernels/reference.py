@@ -6,23 +6,12 @@ keeps only the layer's input, and the backward pass recomputes the membrane from
 operations, so its decisions are the forward pass's bit for bit.
 """
 
-import math
-
 import torch
 from torch import Tensor
 
-
-def surrogate_derivative(z: Tensor, surrogate: str, alpha: float) -> Tensor:
-    """ds/dh at z = h - v_threshold, same shape as z. The one place to add a surrogate (and its name
-    to `models.neurons.SURROGATES`)."""
-    if surrogate == "atan":
-        return (z * (math.pi / 2 * alpha)).square_().add_(1.0).reciprocal_().mul_(alpha / 2)
-    if surrogate == "sigmoid":
-        s = torch.sigmoid(z * alpha)
-        return (1.0 - s).mul_(s).mul_(alpha)
-    if surrogate == "triangle":
-        return (alpha - z.abs().mul_(alpha * alpha)).clamp_(min=0.0)
-    raise ValueError(f"no derivative defined for surrogate {surrogate!r}")
+from models.kernels.layout import memory_order
+from models.kernels.parameters import LIFParameters, membrane_dtype
+from models.kernels.surrogates import surrogate_derivative
 
 
 class _Spike(torch.autograd.Function):
@@ -40,13 +29,15 @@ class _Spike(torch.autograd.Function):
         return grad * surrogate_derivative(z, ctx.surrogate, ctx.alpha), None, None
 
 
-def lif_definition(current: Tensor, p, v0: Tensor | None = None, spike=_Spike.apply) -> tuple[Tensor, Tensor]:
-    """`models.neurons.LIFParameters`' equations, one line each; shapes as `models.neurons.lif`.
+def lif_definition(
+    current: Tensor, p: LIFParameters, v0: Tensor | None = None, spike=_Spike.apply
+) -> tuple[Tensor, Tensor]:
+    """`LIFParameters`' equations, one line each; shapes as `models.neurons.lif`.
 
     `spike(z, surrogate, alpha)` can be replaced by a smooth function to check the gradients of all
     the rest numerically.
     """
-    x_all = current.to(_membrane_dtype(current.dtype))
+    x_all = current.to(membrane_dtype(current.dtype))
     v = torch.zeros_like(x_all[0]) if v0 is None else v0.to(x_all.dtype)
     spikes = []
     for x in x_all:
@@ -61,25 +52,29 @@ def lif_definition(current: Tensor, p, v0: Tensor | None = None, spike=_Spike.ap
     return torch.stack(spikes).to(current.dtype), v
 
 
-def lif_reference(current: Tensor, p, v0: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def batch_norm_definition(
+    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, eps: float, merged: bool
+) -> Tensor:
+    """Batch norm (arXiv 1502.03167) of x [S, N, C, ...] with its own statistics, of each step or, `merged`,
+    of all, plus the residual; in float32 for half precision, rounded to x's type at the end."""
+    values = x.to(membrane_dtype(x.dtype))
+    over = (0, 1, *range(3, x.dim())) if merged else (1, *range(3, x.dim()))
+    mean = values.mean(over, keepdim=True)
+    variance = (values - mean).square().mean(over, keepdim=True)
+    shape = (1, 1, -1, *(1 for _ in range(3, x.dim())))
+    y = (values - mean) / torch.sqrt(variance + eps) * weight.view(shape) + bias.view(shape)
+    return (y if residual is None else y + residual).to(x.dtype)
+
+
+def lif_reference(current: Tensor, p: LIFParameters, v0: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The same numbers as `lif_definition`; saves only `current` (and v0) for the backward pass."""
     if torch.compiler.is_compiling():
         return lif_definition(current, p, v0)  # the compiler fuses plain operations better than ours
     return _LIF.apply(current, v0, p)
 
 
-def _membrane_dtype(dtype: torch.dtype) -> torch.dtype:
-    # Eight bits of mantissa lose the leak: in half precision the membrane is kept in float32.
-    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
-
-
 # Neurons handled at a time on a CPU, so that the dozen passes over a step stay in its cache.
 _CPU_CHUNK_NEURONS = 1 << 18
-
-
-def _memory_order(x: Tensor) -> list[int]:
-    """The dimensions after the first, as they lie in memory from the widest stride down."""
-    return sorted(range(1, x.dim()), key=x.stride, reverse=True)
 
 
 def _rows(x: Tensor, order: list[int]) -> Tensor:
@@ -123,13 +118,13 @@ class _LIF(torch.autograd.Function):
     def forward(ctx, current: Tensor, v0: Tensor | None, p) -> tuple[Tensor, Tensor]:
         ctx.p = p
         ctx.set_materialize_grads(False)
-        order = _memory_order(current)
+        order = memory_order(current)
         dense = current.permute(0, *order)
         if not dense[0].is_contiguous():
             current = current.contiguous()
-            order = _memory_order(current)
+            order = memory_order(current)
         ctx.save_for_backward(current, v0)
-        dtype = _membrane_dtype(current.dtype)
+        dtype = membrane_dtype(current.dtype)
         spikes = torch.empty_like(current)
         v_end = torch.empty_like(current[0], dtype=dtype)
 
@@ -150,8 +145,8 @@ class _LIF(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_spikes: Tensor | None, grad_v: Tensor | None):
         current, v0 = ctx.saved_tensors
-        dtype = _membrane_dtype(current.dtype)
-        order = _memory_order(current)
+        dtype = membrane_dtype(current.dtype)
+        order = memory_order(current)
         grad_current = torch.empty_like(current)
         grad_v0 = None if v0 is None else torch.empty_like(current[0], dtype=dtype)
         if grad_spikes is None:
@@ -185,7 +180,7 @@ def _chunks(rows: Tensor) -> list[slice]:
 def _backward_chunk(x: Tensor, v0: Tensor | None, grad_s: Tensor, grad_v: Tensor | None, grad_x: Tensor, p) -> Tensor:
     """Backward through time over one chunk, [S, neurons] each; fills grad_x, returns dL/dv0."""
     # Forward again, with the forward pass's own operations, keeping h of every step.
-    membrane = _Membrane(torch.empty_like(x[0], dtype=_membrane_dtype(x.dtype)), p)
+    membrane = _Membrane(torch.empty_like(x[0], dtype=membrane_dtype(x.dtype)), p)
     v, charged = v0, []
     for step in range(x.shape[0]):
         charged.append(membrane.charge(x[step], v).clone())

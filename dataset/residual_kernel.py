@@ -1,0 +1,47 @@
+"""Triton kernel of `dataset.residual.key_residual_split`: uint8 is read once, each output written once."""
+
+import torch
+from torch import Tensor
+
+from utils.triton_language import tl, triton
+
+_BLOCK = 1024
+
+
+@triton.jit
+def _split_kernel(
+    clip_ptr, key_ptr, residual_ptr, values, segments,
+    SCALE_R: tl.constexpr, SCALE_G: tl.constexpr, SCALE_B: tl.constexpr,
+    MEAN_R: tl.constexpr, MEAN_G: tl.constexpr, MEAN_B: tl.constexpr,
+    STRIDE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    segment = tl.program_id(1).to(tl.int64)
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = at < values
+    colour = at % 3
+    scale = tl.where(colour == 0, SCALE_R, tl.where(colour == 1, SCALE_G, SCALE_B))
+    mean = tl.where(colour == 0, MEAN_R, tl.where(colour == 1, MEAN_G, MEAN_B))
+    first = clip_ptr + segment * STRIDE * values
+    key = tl.load(first + at, mask, 0).to(tl.float32)
+    tl.store(key_ptr + segment * values + at, (key * scale - mean).to(key_ptr.dtype.element_ty), mask)
+    for step in tl.static_range(STRIDE - 1):
+        frame = tl.load(first + (step + 1) * values + at, mask, 0).to(tl.float32)
+        # Whole numbers are exact in float32: the residual of a static clip is exactly zero.
+        residual = ((frame - key) * scale).to(residual_ptr.dtype.element_ty)
+        tl.store(residual_ptr + (step * segments + segment) * values + at, residual, mask)
+
+
+def split(
+    segments: Tensor, scale: tuple[float, ...], mean: tuple[float, ...], dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """segments: uint8 [B, K, stride, H, W, 3], contiguous -> (key [B, K, H, W, 3], residual
+    [stride-1, B, K, H, W, 3]) in `dtype`: value * scale - mean, and (value - key's value) * scale."""
+    batch, keys, stride, height, width, colours = segments.shape
+    key = torch.empty(batch, keys, height, width, colours, dtype=dtype, device=segments.device)
+    residual = torch.empty(stride - 1, *key.shape, dtype=dtype, device=segments.device)
+    values = height * width * colours
+    if segments.numel():
+        _split_kernel[(triton.cdiv(values, _BLOCK), batch * keys)](
+            segments, key, residual, values, batch * keys, *scale, *mean, STRIDE=stride, BLOCK=_BLOCK, num_warps=4
+        )
+    return key, residual

@@ -1,0 +1,270 @@
+"""The kernels as operators of torch.library: what autograd, torch.compile and checkpointing see.
+
+Each has its implementation (on a GPU, or anywhere in Triton's interpreter), what it returns for fake
+tensors, and the formula of its gradient in terms of other operators. They take the neuron as the numbers
+of `LIFParameters.as_arguments`. Outputs that were not asked for are empty tensors.
+"""
+
+import torch
+import torch.distributed as dist
+import torch.distributed._functional_collectives as collectives
+from torch import Tensor
+from torch.library import custom_op
+
+from models.kernels import triton_batch_norm, triton_lif
+from models.kernels.layout import channels_known, laid_out_as, steps_outermost
+from models.kernels.parameters import LIFParameters, membrane_dtype
+
+# ---- the LIF layer
+
+
+@custom_op("respike::lif", mutates_args=())
+def lif(
+    current: Tensor, v0: Tensor | None, tau: float, v_threshold: float, v_reset: float | None,
+    surrogate: str, alpha: float, detach_reset: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """current [S, ...] with S up to 32, v0 [...] -> (spikes [S, ...], membrane after the last step [...])."""
+    current = steps_outermost(current)
+    spikes, v_end = _like_lif(current)
+    p = LIFParameters(tau, v_threshold, v_reset, surrogate, alpha, detach_reset)
+    triton_lif.launch_forward(current, _state(v0, current), spikes, v_end, p)
+    return spikes, v_end
+
+
+@lif.register_fake
+def _(current, v0, *neuron):
+    return _like_lif(steps_outermost(current))
+
+
+@custom_op("respike::lif_backward", mutates_args=())
+def lif_backward(
+    current: Tensor, v0: Tensor | None, grad_spikes: Tensor | None, grad_v_end: Tensor | None, needs_v0: bool,
+    tau: float, v_threshold: float, v_reset: float | None, surrogate: str, alpha: float, detach_reset: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Gradients of `current` and, where asked for, v0."""
+    current = steps_outermost(current)
+    grad_current, grad_v0 = _like_lif_backward(current, needs_v0)
+    if grad_spikes is not None:
+        grad_spikes = laid_out_as(grad_spikes, current)
+    p = LIFParameters(tau, v_threshold, v_reset, surrogate, alpha, detach_reset)
+    triton_lif.launch_backward(
+        current, _state(v0, current), grad_spikes, _state(grad_v_end, current),
+        grad_current, grad_v0 if needs_v0 else None, p,
+    )  # fmt: skip
+    return grad_current, grad_v0
+
+
+@lif_backward.register_fake
+def _(current, v0, grad_spikes, grad_v_end, needs_v0, *neuron):
+    return _like_lif_backward(steps_outermost(current), needs_v0)
+
+
+def _lif_context(ctx, inputs, output) -> None:
+    current, v0, *ctx.neuron = inputs
+    ctx.save_for_backward(current, v0)
+    ctx.set_materialize_grads(False)
+
+
+def _lif_gradient(ctx, grad_spikes, grad_v_end):
+    current, v0 = ctx.saved_tensors
+    if grad_spikes is None and grad_v_end is None:
+        return (None,) * (2 + len(ctx.neuron))
+    needs_v0 = v0 is not None and ctx.needs_input_grad[1]
+    grad_current, grad_v0 = lif_backward(current, v0, grad_spikes, grad_v_end, needs_v0, *ctx.neuron)
+    return grad_current, grad_v0.to(v0.dtype) if needs_v0 else None, *(None for _ in ctx.neuron)
+
+
+lif.register_autograd(_lif_gradient, setup_context=_lif_context)
+
+# ---- batch norm, with a residual and a LIF layer behind it
+
+
+@custom_op("respike::moments", mutates_args=())
+def moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance [S, C] of each step and channel of x [S, N, C, ...], in float32 (or float64).
+    Not differentiable: `batch_norm` takes their part in the gradient into account."""
+    return triton_batch_norm.launch_moments(channels_known(x), membrane_dtype(x.dtype))
+
+
+@moments.register_fake
+def _(x):
+    mean = x.new_empty(x.shape[0], x.shape[2], dtype=membrane_dtype(x.dtype))
+    return mean, torch.empty_like(mean)
+
+
+@custom_op("respike::batch_norm", mutates_args=())
+def batch_norm(
+    x: Tensor, mean: Tensor, inverse_deviation: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None,
+    v0: Tensor | None, count: Tensor | None, of_batch: bool, keep_sum: bool, fire: bool,
+    tau: float, v_threshold: float, v_reset: float | None, surrogate: str, alpha: float, detach_reset: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(sum, spikes, membrane after the last step) of x [S, N, C, ...]:
+
+        sum = (x - mean) inverse_deviation weight + bias + residual;  spikes = LIF(sum)
+
+    mean, inverse_deviation [S or 1, C]: of each step, or of all. of_batch: they are x's own, so that the
+    gradient goes through them too; count: the float64 number of rows they are of, over all processes of
+    the default group, whose batch they then are; None: this process's. keep_sum, fire: which of the
+    outputs are wanted; S is at most 32 where `fire`.
+    """
+    x = channels_known(x)
+    total, spikes, v_end = _like_batch_norm(x, keep_sum, fire)
+    if x.numel():
+        p = LIFParameters(tau, v_threshold, v_reset, surrogate, alpha, detach_reset)
+        triton_batch_norm.launch_forward(
+            x, mean.contiguous(), _scale(inverse_deviation, weight), bias,
+            None if residual is None else laid_out_as(residual, x), _state(v0, x),
+            total if keep_sum else None, spikes if fire else None, v_end if fire else None, p,
+        )  # fmt: skip
+    return total, spikes, v_end
+
+
+@batch_norm.register_fake
+def _(x, mean, inverse_deviation, weight, bias, residual, v0, count, of_batch, keep_sum, fire, *neuron):
+    return _like_batch_norm(channels_known(x), keep_sum, fire)
+
+
+@custom_op("respike::batch_norm_backward_sums", mutates_args=())
+def batch_norm_backward_sums(
+    x: Tensor, mean: Tensor, inverse_deviation: Tensor, weight: Tensor, bias: Tensor, total: Tensor | None,
+    v0: Tensor | None, grad_total: Tensor | None, grad_spikes: Tensor | None, grad_v_end: Tensor | None,
+    needs_v0: bool, fire: bool,
+    tau: float, v_threshold: float, v_reset: float | None, surrogate: str, alpha: float, detach_reset: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(sums over rows of dy and of dy (x - mean) [S, 2, C], dy, gradient of v0), dy being the gradient of
+    what batch norm gives. dy is written where `total`, the forward pass's sum, is given."""
+    x = channels_known(x)
+    sums, grad_y, grad_v0 = _like_backward_sums(x, mean, total is not None, needs_v0)
+    if x.numel():
+        p = LIFParameters(tau, v_threshold, v_reset, surrogate, alpha, detach_reset)
+        sums = triton_batch_norm.launch_backward_sums(
+            x, mean.contiguous(), _scale(inverse_deviation, weight), bias, total, _state(v0, x),
+            _alike(grad_total, x), _alike(grad_spikes, x), _state(grad_v_end, x),
+            grad_y if total is not None else None, grad_v0 if needs_v0 else None, fire, p,
+        )  # fmt: skip
+    return sums, grad_y, grad_v0
+
+
+@batch_norm_backward_sums.register_fake
+def _(x, mean, inverse_deviation, weight, bias, total, v0, grad_total, grad_spikes, grad_v_end, needs_v0, *more):
+    return _like_backward_sums(channels_known(x), mean, total is not None, needs_v0)
+
+
+@custom_op("respike::batch_norm_backward_input", mutates_args=())
+def batch_norm_backward_input(
+    x: Tensor, mean: Tensor, inverse_deviation: Tensor, weight: Tensor, bias: Tensor, v0: Tensor | None,
+    grad_total: Tensor | None, grad_spikes: Tensor | None, grad_v_end: Tensor | None,
+    centred_factor: Tensor, offset: Tensor, fire: bool,
+    tau: float, v_threshold: float, v_reset: float | None, surrogate: str, alpha: float, detach_reset: bool,
+) -> Tensor:  # fmt: skip
+    """inverse_deviation weight dy + centred_factor (x - mean) + offset, shaped as x."""
+    x = channels_known(x)
+    grad_x = torch.empty_like(x)
+    if x.numel():
+        p = LIFParameters(tau, v_threshold, v_reset, surrogate, alpha, detach_reset)
+        triton_batch_norm.launch_backward_input(
+            x, mean.contiguous(), _scale(inverse_deviation, weight), bias, _state(v0, x),
+            _alike(grad_total, x), _alike(grad_spikes, x), _state(grad_v_end, x),
+            centred_factor.contiguous(), offset.contiguous(), grad_x, fire, p,
+        )  # fmt: skip
+    return grad_x
+
+
+@batch_norm_backward_input.register_fake
+def _(x, *more):
+    return torch.empty_like(channels_known(x))
+
+
+def _batch_norm_context(ctx, inputs, output) -> None:
+    x, mean, inverse_deviation, weight, bias, residual, v0, count = inputs[:8]
+    ctx.of_batch, ctx.keep_sum, ctx.fire, *ctx.neuron = inputs[8:]
+    # What the neuron saw: kept by the caller anyway where it was asked for, else computed again from x.
+    total = output[0] if ctx.keep_sum and ctx.fire else None
+    ctx.residual_dtype = None if residual is None else residual.dtype
+    ctx.save_for_backward(x, mean, inverse_deviation, weight, bias, v0, count, total)
+    ctx.set_materialize_grads(False)
+
+
+def _batch_norm_gradient(ctx, grad_total, grad_spikes, grad_v_end):
+    x, mean, inverse_deviation, weight, bias, v0, count, total = ctx.saved_tensors
+    if not ctx.keep_sum:  # an empty output; whatever is done with it, its gradient is no gradient of x
+        grad_total = None
+    fire = ctx.fire and (grad_spikes is not None or grad_v_end is not None)
+    if grad_total is None and not fire:
+        return (None,) * (11 + len(ctx.neuron))
+    total = total if fire else None
+    needs_v0 = fire and v0 is not None and ctx.needs_input_grad[6]
+    through = (grad_total, grad_spikes, grad_v_end) if fire else (grad_total, None, None)
+    layer = (x, mean, inverse_deviation, weight, bias)
+    sums, grad_y, grad_v0 = batch_norm_backward_sums(*layer, total, v0, *through, needs_v0, fire, *ctx.neuron)
+    if not fire:
+        grad_y = grad_total
+    if total is not None or not fire:  # dy lies in memory: what remains is a plain batch norm
+        through, fire = (grad_y, None, None), False
+
+    if mean.shape[0] == 1:
+        sums = sums.sum(0, keepdim=True)  # [S or 1, 2, C]
+    grad_weight = (sums[:, 1] * inverse_deviation).sum(0).to(weight.dtype)
+    grad_bias = sums[:, 0].sum(0).to(bias.dtype)
+    if ctx.of_batch:
+        if count is None:
+            rows = x.numel() // (mean.shape[0] * x.shape[2])
+        else:
+            rows = count.to(sums.dtype)
+            sums = collectives.all_reduce(sums, "sum", dist.group.WORLD)
+        scale = _scale(inverse_deviation, weight)
+        offset = -scale * sums[:, 0] / rows
+        centred_factor = -scale * inverse_deviation.square() * sums[:, 1] / rows
+    else:
+        offset = centred_factor = torch.zeros_like(mean)
+    grad_x = batch_norm_backward_input(
+        *layer, v0 if fire else None, *through, centred_factor, offset, fire, *ctx.neuron
+    )
+    grad_residual = None if ctx.residual_dtype is None else grad_y.to(ctx.residual_dtype)
+    grad_v0 = grad_v0.to(v0.dtype) if needs_v0 else None
+    return grad_x, None, None, grad_weight, grad_bias, grad_residual, grad_v0, *(None,) * (4 + len(ctx.neuron))
+
+
+batch_norm.register_autograd(_batch_norm_gradient, setup_context=_batch_norm_context)
+
+# ---- shapes and layouts, for real tensors and fake ones alike
+
+
+def _state(v: Tensor | None, x: Tensor) -> Tensor | None:
+    """A membrane laid out as one step of x, in the type that the kernels keep it in."""
+    return None if v is None else laid_out_as(v, x[0], membrane_dtype(x.dtype))
+
+
+def _alike(gradient: Tensor | None, x: Tensor) -> Tensor | None:
+    return None if gradient is None else laid_out_as(gradient, x)
+
+
+def _scale(inverse_deviation: Tensor, weight: Tensor) -> Tensor:
+    return (inverse_deviation * weight.to(inverse_deviation.dtype)).contiguous()
+
+
+def _like_lif(current: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(current), torch.empty_like(current[0], dtype=membrane_dtype(current.dtype))
+
+
+def _like_lif_backward(current: Tensor, needs_v0: bool) -> tuple[Tensor, Tensor]:
+    dtype = membrane_dtype(current.dtype)
+    grad_v0 = torch.empty_like(current[0], dtype=dtype) if needs_v0 else current.new_empty(0, dtype=dtype)
+    return torch.empty_like(current), grad_v0
+
+
+def _like_batch_norm(x: Tensor, keep_sum: bool, fire: bool) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = membrane_dtype(x.dtype)
+    return (
+        torch.empty_like(x) if keep_sum else x.new_empty(0),
+        torch.empty_like(x) if fire else x.new_empty(0),
+        torch.empty_like(x[0], dtype=dtype) if fire else x.new_empty(0, dtype=dtype),
+    )
+
+
+def _like_backward_sums(x: Tensor, mean: Tensor, keeps_grad: bool, needs_v0: bool) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        mean.new_zeros(x.shape[0], 2, x.shape[2]),
+        torch.empty_like(x) if keeps_grad else x.new_empty(0),
+        torch.empty_like(x[0], dtype=mean.dtype) if needs_v0 else mean.new_empty(0),
+    )

@@ -1,0 +1,48 @@
+"""Triton, where there is one; elsewhere what lets the modules of kernels be imported."""
+
+import functools
+import os
+
+import torch
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # not packaged for this system: everything but the kernels works
+
+    class _NoTriton:
+        """Stands in for the modules `triton` and `triton.language` in decorators and annotations."""
+
+        constexpr = None
+
+        @staticmethod
+        def jit(function):
+            return function
+
+    triton = tl = _NoTriton()
+
+HAS_TRITON = not type(triton).__name__.startswith("_")
+
+
+@torch.compiler.assume_constant_result
+def why_not_on(device_type: str) -> str | None:
+    """Why Triton kernels cannot run on tensors of this device, or None. On a CPU they do in Triton's
+    interpreter, for tests: TRITON_INTERPRET=1 in the environment from the start."""
+    if not HAS_TRITON:
+        return "Triton is not installed (pip install triton; it comes with PyTorch for CUDA on Linux)"
+    if device_type == "cpu" and not _interpreted():
+        return "Triton kernels run on a GPU, these tensors are on the CPU"
+    if device_type not in ("cpu", "cuda"):
+        return f"Triton kernels run on CUDA devices, these tensors are on {device_type!r}"
+    if device_type == "cuda" and _capability() < (8, 0):
+        return "Triton kernels need a GPU of compute capability 8.0 or newer"
+    return None
+
+
+@functools.cache
+def _capability() -> tuple[int, int]:
+    return torch.cuda.get_device_capability()
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "y", "yes")
