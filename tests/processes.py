@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from dataset.index import VideoInfo, probe
@@ -23,7 +24,9 @@ from dataset.table import GONE, VideoTable, drawn_clips, fixed_clips
 from dataset.transforms import multi_scale_transform, test_transforms
 from dataset.video import VideoDataset, make_loader
 from models import ReSpike
-from models.sync_batch_norm import synchronise_batch_norm
+from models.neurons import LIF
+from models.spiking_resnet import BATCH_NORMS
+from models.sync_batch_norm import SyncStepBatchNorm2d, synchronise_batch_norm
 from utils.distributed import Processes, join_processes
 from utils.engine import TrainPosition, evaluate, train_one_epoch
 
@@ -61,6 +64,7 @@ def compute(folder: str, out: str) -> None:
         # enough for the batch to be left out by both.
         gone = range(4, 8) if processes.count == 1 else range(6, 8)
         results["empty batch"] = one_step(folder, processes, 4 // processes.count, 2, "fixed", gone)
+        results["fused"] = fused_batch_norm(processes)
     if processes.is_main:
         torch.save(results, out)
 
@@ -96,6 +100,28 @@ def one_step(
     )  # fmt: skip
     gradients = {name: before[name] - value.detach() for name, value in double.named_parameters()}
     return {"gradients": gradients, "buffers": dict(double.named_buffers())}
+
+
+def fused_batch_norm(processes: Processes) -> dict:
+    """Synchronised batch norm with neurons behind it on the fused kernels (in Triton's interpreter), per step and
+    merged: gradients and running statistics."""
+    found = {}
+    for mode in BATCH_NORMS:
+        torch.manual_seed(7)
+        norm = SyncStepBatchNorm2d(5, mode, backend="triton").double().train()
+        x = torch.randn(3, 8, 5, 4, 4, dtype=torch.float64)
+        weights = torch.randn_like(x)
+        own = slice(processes.rank * 8 // processes.count, (processes.rank + 1) * 8 // processes.count)
+        inputs = x[:, own].clone().requires_grad_()
+        total, spikes = norm(inputs, following=LIF(backend="triton"))
+        (total * weights[:, own] + spikes * weights[:, own]).sum().backward()
+        whole = torch.zeros_like(x)
+        whole[:, own] = inputs.grad
+        for value in (whole, norm.weight.grad, norm.bias.grad):
+            dist.all_reduce(value) if processes.count > 1 else None
+        found |= {f"{mode} {name}": value for name, value in norm.named_buffers()}
+        found |= {f"{mode} x": whole, f"{mode} weight": norm.weight.grad, f"{mode} bias": norm.bias.grad}
+    return {"gradients": found, "buffers": {}}
 
 
 def count(folder: str, processes: Processes) -> list[dict]:

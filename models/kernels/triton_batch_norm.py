@@ -36,17 +36,18 @@ def _tile(
 
 @triton.jit
 def _moments_kernel(
-    x_ptr, mean_ptr, square_ptr, rows, channels, inner, step_elements, tiles, CHANNELS_LAST: tl.constexpr,
+    x_ptr, mean_ptr, square_ptr, rows, channels, inner, step_elements,
+    CHANNELS_LAST: tl.constexpr, TILES: tl.constexpr,
     COMPUTE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Mean, and sum of squared deviations from it, of `tiles` tiles of one step (Welford in every lane,
+    """Mean, and sum of squared deviations from it, of TILES tiles of one step (Welford in every lane,
     then Chan et al. over lanes): no cancellation however far the mean is from zero."""
     step = tl.program_id(2)
-    first = tl.program_id(0).to(tl.int64) * tiles * ROWS
+    first = tl.program_id(0).to(tl.int64) * TILES * ROWS
     mean = tl.zeros([ROWS, COLUMNS], COMPUTE)
     square = tl.zeros([ROWS, COLUMNS], COMPUTE)
     count = tl.zeros([ROWS, 1], COMPUTE)
-    for tile in range(tiles):
+    for tile in range(TILES):
         at, column, mask = _tile(first + tile * ROWS, rows, channels, inner, CHANNELS_LAST, ROWS, COLUMNS)
         x = tl.load(x_ptr + step.to(tl.int64) * step_elements + at, mask, 0.0).to(COMPUTE)
         away = tl.where(mask, x - mean, 0.0)
@@ -219,12 +220,12 @@ def launch_moments(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """(mean, biased variance) [S, C] of each step and channel of x [S, N, C, ...]."""
     geometry = _Geometry(x, fires=False)
     programs = max(1, min(geometry.row_tiles, _PROGRAMS_OF_MOMENTS // (geometry.steps * geometry.column_tiles)))
-    tiles = triton.cdiv(geometry.row_tiles, programs)
+    tiles = triton.next_power_of_2(triton.cdiv(geometry.row_tiles, programs))  # compiled anew for each value
     programs = triton.cdiv(geometry.row_tiles, tiles)
     means = torch.empty(programs, geometry.steps, geometry.channels, dtype=dtype, device=x.device)
     squares = torch.empty_like(means)
     _moments_kernel[(programs, geometry.column_tiles, geometry.steps)](
-        x, means, squares, *geometry.arguments(), tiles, COMPUTE=compute_type(x.dtype), **geometry.tiles()
+        x, means, squares, *geometry.arguments(), TILES=tiles, COMPUTE=compute_type(x.dtype), **geometry.tiles()
     )
     # All programs but the last have seen as many rows.
     rows = geometry.rows
