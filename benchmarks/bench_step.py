@@ -1,15 +1,17 @@
 """A training step and a test pass of ReSpike against a plain build of the same network.
 
     python -m benchmarks.bench_step
-    python -m benchmarks.bench_step --device cuda --model resnet50 -b 32
+    python -m benchmarks.bench_step --device cuda --model resnet50 -b 32 --profile
 
-Both run in this process in turn, from the same uint8 clips (laid out as a plain loader and as this
+All run in this process in turn, from the same uint8 clips (laid out as a plain loader and as this
 project's gives them) and the same weights; the table gives medians and the ratio of each pair of runs.
-"plain" is benchmarks/plain_respike.py in float32.
+"plain" is benchmarks/plain_respike.py in float32. A training step ends with the optimizer's. --profile
+lists the 15 kernels (on a CPU, operators) that take the most time of our bfloat16 training step.
 """
 
 import argparse
 import copy
+import functools
 import json
 import platform
 import statistics
@@ -21,7 +23,8 @@ import torch.nn.functional as F
 from benchmarks.plain_respike import PlainReSpike, plain_split
 from dataset.residual import key_residual_split
 from models import ReSpike
-from utils.device import autocast
+from models.neurons import BACKENDS
+from utils.device import autocast, choose_algorithms
 
 
 def parse_args() -> argparse.Namespace:
@@ -34,6 +37,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--size", type=int, default=224, help="pixels")
     parser.add_argument("--downsample", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--runs", type=int, default=7, help="counted runs of each; one more warms up")
+    parser.add_argument("--lif-backend", default="auto", choices=BACKENDS, help="of our build")
+    parser.add_argument("--profile", action="store_true", help="list what takes our training step's time")
     parser.add_argument("--json", help="write the figures to this file")
     return parser.parse_args()
 
@@ -42,9 +47,14 @@ def main() -> None:
     args = parse_args()
     torch.manual_seed(0)
     device = torch.device(args.device)
-    ours = ReSpike(args.model, num_classes=51, stride=args.stride, downsample=args.downsample)
+    choose_algorithms(deterministic=False)
+    network = dict(num_classes=51, stride=args.stride, downsample=args.downsample, lif_backend=args.lif_backend)
+    ours = ReSpike(args.model, **network)
     plain = PlainReSpike(copy.deepcopy(ours)).to(device)
+    packed = ReSpike(args.model, **network, pack_spikes=True)
+    packed.load_state_dict(ours.state_dict())
     ours = ours.to(device, memory_format=torch.channels_last)
+    packed = packed.to(device, memory_format=torch.channels_last)
     shape = (args.batch_size, args.time, args.size, args.size, 3)
     clip = torch.randint(0, 256, shape, dtype=torch.uint8).permute(0, 1, 4, 2, 3).to(device)  # as a loader gives it
     labels = torch.randint(0, 51, (args.batch_size,)).to(device)
@@ -53,16 +63,30 @@ def main() -> None:
         "plain float32": (plain, plain_split, clip.contiguous(), None),
         "ours float32": (ours, key_residual_split, clip, None),
         "ours bfloat16": (ours, key_residual_split, clip, torch.bfloat16),
+        "ours, --pack-spikes": (packed, key_residual_split, clip, torch.bfloat16),
     }
+    optimizers = {  # steps of size zero: all builds keep the same weights
+        build: torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9, fused=True)
+        for build, (model, *_) in builds.items()
+    }
+    peaks = dict.fromkeys(builds, 0.0)
     tasks = {"training step": (training_step, True), "test pass": (test_pass, False)}
     times = {(task, build): [] for task in tasks for build in builds}
     for run in range(args.runs + 1):
         for task, (function, training) in tasks.items():
             for build, (model, split, clip, precision) in builds.items():
                 model.train(training)
+                if split is key_residual_split:
+                    split = functools.partial(key_residual_split, dtype=precision)
+                arguments = (model, split, clip, labels, args.stride, optimizers[build])
+                if device.type == "cuda":
+                    torch.cuda.reset_peak_memory_stats(device)
+                    before = torch.cuda.memory_allocated(device)
                 with autocast(device, precision):  # as the engine: entered once for all batches of a test pass
-                    function(model, split, clip, labels, args.stride)  # casts weights, warms caches
-                    seconds = timed(function, device, model, split, clip, labels, args.stride)
+                    function(*arguments)  # casts weights, warms caches
+                    seconds = timed(function, device, *arguments)
+                if device.type == "cuda" and training:
+                    peaks[build] = max(peaks[build], torch.cuda.max_memory_allocated(device) - before)
                 if run > 0:
                     times[task, build].append(seconds)
 
@@ -84,14 +108,21 @@ def main() -> None:
                 "speed_up_min": min(ratios),
                 "speed_up_max": max(ratios),
             }
+            if device.type == "cuda" and task == "training step":
+                figure["peak_memory_bytes"] = peaks[build]
             figures.append(figure)
             print(
-                f"{task:14s} {build:14s} {figure['seconds'] * 1e3:9.1f} ms   "
+                f"{task:14s} {build:20s} {figure['seconds'] * 1e3:9.1f} ms   "
                 f"{args.batch_size / figure['seconds']:7.2f} clips/s   "
                 f"{figure['speed_up']:5.2f}x plain ({min(ratios):.2f} to {max(ratios):.2f})"
             )
     if device.type == "cuda":
-        print(f"peak memory of the process: {torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB")
+        for build, peak in peaks.items():
+            print(f"{build:20s} peak memory of a training step, weights not counted: {peak / 2**30:.1f} GiB")
+    if args.profile:
+        with autocast(device, torch.bfloat16):
+            split = functools.partial(key_residual_split, dtype=torch.bfloat16)
+            profile(device, ours.train(), split, clip, labels, args.stride, optimizers["ours bfloat16"])
     if args.json:
         with open(args.json, "w") as file:
             json.dump(
@@ -101,20 +132,38 @@ def main() -> None:
             )
 
 
-def training_step(model, split, clip, labels, stride) -> None:
+def training_step(model, split, clip, labels, stride, optimizer) -> None:
     key, residual = split(clip, stride)
     loss = F.cross_entropy(model(key, residual).float(), labels)
     loss.backward()
-    for parameter in model.parameters():
-        parameter.grad = None
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
     # A fresh context for the next step: weights change between steps, so their casts are not kept.
     torch.clear_autocast_cache()
 
 
 @torch.no_grad()
-def test_pass(model, split, clip, labels, stride) -> None:
+def test_pass(model, split, clip, labels, stride, optimizer) -> None:
     key, residual = split(clip, stride)
     model(key, residual)
+
+
+def profile(device, *arguments, steps: int = 3) -> None:
+    """The 15 kernels (on a CPU, operators) with the most time of their own over some training steps."""
+    activity = torch.profiler.ProfilerActivity
+    training_step(*arguments)
+    with torch.profiler.profile(activities=[activity.CUDA if device.type == "cuda" else activity.CPU]) as recorded:
+        for _ in range(steps):
+            training_step(*arguments)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    own = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
+    events = sorted(recorded.key_averages(), key=lambda event: getattr(event, own), reverse=True)
+    whole = sum(getattr(event, own) for event in events)
+    for event in events[:15]:
+        spent = getattr(event, own)
+        share = f"{spent / steps / 1e3:9.2f} ms {100 * spent / whole:5.1f} %"
+        print(f"{share}  {event.count // steps:5d} x {event.key[:90]}")
 
 
 def timed(function, device, *arguments) -> float:
