@@ -5,6 +5,10 @@ import pytest
 import torch
 
 from dataset.residual import key_residual_split
+from models import ReSpike
+from models.kernels.parameters import LIFParameters
+from models.kernels.reference import lif_definition
+from models.neurons import lif
 from tests.script import command_line, finish, metrics, start_python
 from tests.test_engine import make_loader
 from tests.test_golden import CASES, GOLDEN, TOLERANCE, build, golden_input
@@ -48,7 +52,79 @@ def test_precision_on_the_gpu(cuda):
     assert choose_precision(cuda, amp=True) == wanted and choose_precision(cuda, amp=False) is None
 
 
-@pytest.mark.parametrize("flags", [{}, {"--compile": None}, {"--no-amp": None}], ids=["amp", "compile", "fp32"])
+# ---- the fused kernels (their parity tests, marked `kernels`, run here natively as well)
+
+
+def fused_network(cuda, **options) -> ReSpike:
+    torch.manual_seed(0)
+    return ReSpike(num_classes=5, **options).to(cuda, memory_format=torch.channels_last).train()
+
+
+def clip(cuda, size=64) -> torch.Tensor:
+    return torch.randint(0, 256, (2, 8, size, size, 3), dtype=torch.uint8, device=cuda).permute(0, 1, 4, 2, 3)
+
+
+def training_step(model, clip, precision=torch.bfloat16) -> list[torch.Tensor]:
+    key, residual = key_residual_split(clip, 4, precision)
+    with torch.autocast("cuda", dtype=precision, enabled=precision is not None):
+        loss = model(key, residual).float().square().sum()
+    model.zero_grad(set_to_none=True)
+    loss.backward()
+    return [loss.detach(), *(parameter.grad for parameter in model.parameters())]
+
+
+def test_more_than_two_to_the_31_elements(cuda):
+    """3 x 2^30 neurons and steps; the last ones are compared."""
+    current = torch.empty(3, 2**30, dtype=torch.bfloat16, device=cuda).normal_(std=2.0).requires_grad_()
+    spikes, _ = lif(current, LIFParameters(), backend="triton")
+    spikes.backward(torch.ones((), dtype=torch.bfloat16, device=cuda).expand_as(spikes).contiguous())
+    last = current.detach()[:, -1000:].clone().requires_grad_()
+    want, _ = lif_definition(last, LIFParameters())
+    want.sum().backward()
+    assert torch.equal(spikes[:, -1000:], want)
+    torch.testing.assert_close(current.grad[:, -1000:], last.grad, rtol=1.6e-2, atol=1e-3)
+
+
+def test_a_training_step_never_waits_for_the_gpu(cuda):
+    model, frames = fused_network(cuda), clip(cuda)
+    training_step(model, frames)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        training_step(model, frames)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("options", [{}, {"pack_spikes": True}], ids=["plain", "packed"])
+def test_replayed_as_a_cuda_graph(cuda, options):
+    model, frames = fused_network(cuda, **options), clip(cuda)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            training_step(model, frames)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = training_step(model, frames)
+    graph.replay()
+    for want, got in zip(training_step(model, frames), [value.clone() for value in captured], strict=True):
+        torch.testing.assert_close(got, want, rtol=2e-2, atol=2e-2)
+
+
+def test_compiled_network_agrees(cuda):
+    model, frames = fused_network(cuda, branches="snn"), clip(cuda)
+    want = training_step(model, frames, None)
+    got = training_step(torch.compile(model, fullgraph=True), frames, None)
+    for a, b in zip(want, got, strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-3, atol=1e-3 * float(a.abs().max()))
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [{}, {"--compile": None}, {"--no-amp": None}, {"--pack-spikes": None}, {"--deterministic": None}],
+    ids=lambda flags: next(iter(flags), "plain"),
+)
 def test_training_runs_on_the_gpu(cuda, tiny_demo, tmp_path, monkeypatch, flags):
     import sys
 

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.script import ROOT, command_line, refused, run_here
 from utils.checkpoint import load_checkpoint
@@ -27,6 +28,7 @@ BAD_FLAGS = {
     "nan": ({"-lr": "nan"}, r"--learning-rate must be at least 0, got nan"),
     "resume and start": ({"--resume": "auto", "--start_epoch": "1"}, r"give one of the two"),
     "fraction": ({"--val-fraction": "1.5"}, r"--val-fraction must be at least 0 and below 1"),
+    "lif backend": ({"--lif-backend": "cuda"}, r"--lif-backend: invalid choice: 'cuda'.*triton"),
     "device": ({"--device": "tpu"}, r"--device tpu: expected"),
     "cuda": ({"--device": "cuda:99"}, r"--device cuda:99: this machine has \d+ CUDA devices"),
     "data root": ({"--data-root": "/nowhere/videos"}, r"--data-root /nowhere/videos: no such folder"),
@@ -194,6 +196,21 @@ def test_non_finite_loss_names_videos_and_saves(monkeypatch, capfd, flags):
     assert status == 2 and err.count("\n") == 1
     assert re.search(r"epoch \d+, batch \d+: the loss became (nan|inf); videos of that batch: .*\.avi", err), err
     assert (Path(flags["--run-dir"]) / "nonfinite.pt").is_file()
+
+
+def test_kernels_that_cannot_run_here_are_refused(monkeypatch, capfd, flags):
+    monkeypatch.setattr("utils.triton_language._interpreted", lambda: False)
+    refused(
+        monkeypatch, capfd, flags | {"--device": "cpu", "--lif-backend": "triton"}, r"--lif-backend triton: .*on a GPU"
+    )
+
+
+@pytest.mark.parametrize("more", [{"--lif-backend": "spikingjelly"}, {"--pack-spikes": None, "--deterministic": None}])
+def test_other_ways_to_compute_train_too(monkeypatch, capfd, flags, more):
+    try:
+        assert run_here(monkeypatch, capfd, flags | more | {"--epochs": 1})[0] == 0
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def test_compiling_without_a_compiler_is_one_line(monkeypatch, capfd, flags, tmp_path):
