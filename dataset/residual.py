@@ -1,5 +1,7 @@
 """Split clips into key frames and residual frames, on whatever device they are."""
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -11,6 +13,17 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)  # RGB, in units of full scale
 IMAGENET_STD = (0.229, 0.224, 0.225)
 _SCALE = tuple(1.0 / (255.0 * std) for std in IMAGENET_STD)
 _SCALED_MEAN = tuple(mean / std for mean, std in zip(IMAGENET_MEAN, IMAGENET_STD, strict=True))
+
+
+def normalised(frames: Tensor) -> Tensor:
+    """uint8 [N, 3, H, W] -> float32, scaled to [0, 1] and normalised with ImageNet's mean and deviation."""
+    scale, mean = (value.view(3, 1, 1) for value in _constants(frames.device))
+    return frames.float().mul_(scale).sub_(mean)
+
+
+@functools.cache  # made once: copying them to a GPU waits for it
+def _constants(device: torch.device) -> tuple[Tensor, Tensor]:
+    return torch.tensor(_SCALE, device=device), torch.tensor(_SCALED_MEAN, device=device)
 
 
 def check_stride(frames: int, stride: int) -> None:
@@ -55,10 +68,10 @@ def _split(frames: Tensor, dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
         key = segments[0].contiguous()
         residual = segments[1:].contiguous() - key
     else:
-        scale = torch.tensor(_SCALE, device=frames.device)
+        scale, mean = _constants(frames.device)
         key = segments[0].to(torch.float32, memory_format=torch.contiguous_format)
         residual = segments[1:].to(torch.float32, memory_format=torch.contiguous_format)
         # Whole numbers up to 255 are exact in float32: the residual of a static clip is exactly zero.
         residual.sub_(key).mul_(scale)
-        key.mul_(scale).sub_(torch.tensor(_SCALED_MEAN, device=frames.device))
+        key.mul_(scale).sub_(mean)
     return (key, residual) if dtype is None else (key.to(dtype), residual.to(dtype))

@@ -41,7 +41,8 @@ def split(
     residual = torch.empty(stride - 1, *key.shape, dtype=dtype, device=segments.device)
     values = height * width * colours
     if segments.numel():
-        _split_kernel[(triton.cdiv(values, _BLOCK), batch * keys)](
-            segments, key, residual, values, batch * keys, *scale, *mean, STRIDE=stride, BLOCK=_BLOCK, num_warps=4
-        )
+        with torch.cuda.device_of(segments):
+            _split_kernel[(triton.cdiv(values, _BLOCK), batch * keys)](
+                segments, key, residual, values, batch * keys, *scale, *mean, STRIDE=stride, BLOCK=_BLOCK, num_warps=4
+            )
     return key, residual

@@ -18,13 +18,14 @@ BACKENDS = ("auto", "triton", "reference", "spikingjelly")
 
 
 def lif(
-    current: Tensor, parameters: LIFParameters, v0: Tensor | None = None, backend: str = "auto"
+    current: Tensor, parameters: LIFParameters, v0: Tensor | None = None, backend: str = "auto", keep_v: bool = True
 ) -> tuple[Tensor, Tensor]:
     """Run a layer of LIF neurons over all time steps at once.
 
     current: [S, ...] input current, time first, floating point. v0: [...] membrane before the first
     step; zero if None. Returns (spikes [S, ...] in the current's type, v [...] the membrane after the
-    last step; from "reference", float32 where the current is float16 or bfloat16).
+    last step; from "triton" and "reference", float32 where the current is float16 or bfloat16).
+    keep_v: False leaves it to the backend whether to write v; what is returned for it is then of no use.
 
     backend: "triton" (fused GPU kernels), "reference" (plain PyTorch), both with the membrane recomputed
     in the backward pass, "spikingjelly" (its multi-step LIFNode), or "auto": triton for tensors on a GPU
@@ -38,7 +39,7 @@ def lif(
     if v0 is not None and v0.shape != current.shape[1:]:
         raise ValueError(f"v0 must be {list(current.shape[1:])} like one step of current, got {list(v0.shape)}")
     if runs_on_triton(backend, current):
-        return _lif_triton(current, parameters, v0)
+        return _lif_triton(current, parameters, v0, keep_v)
     if backend == "spikingjelly":
         return _lif_spikingjelly(current, parameters, v0)
     return lif_reference(current, parameters, v0)
@@ -56,12 +57,12 @@ def runs_on_triton(backend: str, x: Tensor) -> bool:
     return backend == "auto" and x.device.type == "cuda" and why_not_on("cuda") is None
 
 
-def _lif_triton(current: Tensor, parameters: LIFParameters, v0: Tensor | None) -> tuple[Tensor, Tensor]:
+def _lif_triton(current: Tensor, parameters: LIFParameters, v0: Tensor | None, keep_v: bool) -> tuple[Tensor, Tensor]:
     if current.shape[0] <= MAX_STEPS:
-        return operators.lif(current, v0, *parameters.as_arguments())
+        return operators.lif(current, v0, keep_v, *parameters.as_arguments())
     parts = []
     for part in current.split(MAX_STEPS):
-        spikes, v0 = operators.lif(part, v0, *parameters.as_arguments())
+        spikes, v0 = operators.lif(part, v0, True, *parameters.as_arguments())
         parts.append(spikes)
     return torch.cat(parts), v0
 
@@ -109,7 +110,7 @@ class LIF(nn.Module):
         self.register_buffer("neuron_steps", torch.zeros((), dtype=torch.float64), persistent=False)
 
     def forward(self, current: Tensor) -> Tensor:
-        spikes, _ = lif(current, self.parameters_, backend=self.backend)
+        spikes, _ = lif(current, self.parameters_, backend=self.backend, keep_v=False)
         return self.counted(spikes)
 
     def counted(self, spikes: Tensor) -> Tensor:

@@ -49,7 +49,7 @@ class StepBatchNorm2d(nn.BatchNorm2d):
             return self._fused(x, residual, following, keep_sum)
         total = self.normalise(x)
         if residual is not None:
-            total = total + residual
+            total = total + residual.to(total.dtype)
         spikes = None if following is None else following(total)
         return total if keep_sum else None, spikes
 
@@ -64,7 +64,8 @@ class StepBatchNorm2d(nn.BatchNorm2d):
         mean, inverse_deviation, count = self._statistics(x)
         total, spikes, _ = operators.batch_norm(
             x, mean, inverse_deviation, self.weight, self.bias, residual, None, count,
-            self.training, keep_sum or not fires_here, fires_here, *neuron.as_arguments(),
+            self.training, keep_sum or not fires_here or residual is not None, fires_here, False,
+            *neuron.as_arguments(),
         )  # fmt: skip
         if following is None:
             return total, None
@@ -80,7 +81,9 @@ class StepBatchNorm2d(nn.BatchNorm2d):
             return self.running_mean.to(dtype)[None], torch.rsqrt(variance + self.eps), None
         if self.mode == "merged":
             x = x.flatten(0, 1)[None]
-        values = x.numel() // (x.shape[0] * x.shape[2])
+        values = x.numel() // max(1, x.shape[0] * x.shape[2])
+        if values < 2:
+            raise ValueError(f"batch norm in training needs more than 1 value per channel, got {list(x.shape)}")
         mean, variance, count = self.over_processes(*operators.moments(x), values)
         update_running(self, mean, variance, values if count is None else count)
         return mean, torch.rsqrt(variance + self.eps), count

@@ -24,9 +24,8 @@ PATTERNS = {
 def fused(x, weight, bias, residual, merged, keep_sum, fire, p, v0=None):
     with torch.no_grad():
         mean, variance = operators.moments(x.flatten(0, 1)[None] if merged else x)
-    return operators.batch_norm(
-        x, mean, torch.rsqrt(variance + EPS), weight, bias, residual, v0, None, True, keep_sum, fire, *p.as_arguments()
-    )
+    how = (None, True, keep_sum, fire, fire, *p.as_arguments())
+    return operators.batch_norm(x, mean, torch.rsqrt(variance + EPS), weight, bias, residual, v0, *how)
 
 
 def defined(x, weight, bias, residual, merged, keep_sum, fire, p, v0=None):
@@ -146,7 +145,7 @@ def test_operators_are_well_formed():
     torch.library.opcheck(operators.moments, (x,))
     differentiable = [value.detach().requires_grad_() for value in (x, weight, bias, residual)]
     x_, weight_, bias_, residual_ = differentiable
-    for pattern in ((residual_, None, None, True, True, True), (None, None, None, True, False, True)):
+    for pattern in ((residual_, None, None, True, True, True, True), (None, None, None, True, False, True, False)):
         torch.library.opcheck(operators.batch_norm, (x_, mean, layer[2], weight_, bias_, *pattern, *neuron))
     torch.library.opcheck(operators.batch_norm_backward_sums, (*layer, x, None, x, x, None, False, True, *neuron))
     factors = torch.ones_like(mean), torch.ones_like(mean)
@@ -164,6 +163,29 @@ def test_compiles_without_a_graph_break():
         results.append((total, spikes, *torch.autograd.grad([total, spikes], x, [weights, weights]), norm.running_var))
     for plain, compiled in zip(*results, strict=True):
         torch.testing.assert_close(compiled, plain, rtol=1e-6, atol=1e-6)
+
+
+def test_what_is_not_asked_for_is_not_lost():
+    """A residual before neurons whose sum nobody keeps: the module keeps it for the backward pass, the operator
+    refuses to go without."""
+    x, weight, bias, residual = make((3, 2, 3, 4, 4), torch.float64, "channels last", True)
+    results = []
+    for backend in ("triton", "reference"):
+        norm = StepBatchNorm2d(3, backend=backend).double().to(DEVICE).train()
+        inputs = [value.detach().requires_grad_() for value in (x, residual)]
+        total, spikes = norm(*inputs, LIF(backend=backend), keep_sum=False)
+        assert total is None
+        results.append(torch.autograd.grad(spikes, [*inputs, norm.weight], x))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-10, atol=1e-11)
+    with pytest.raises(ValueError, match="keep_sum"):
+        fused(x, weight, bias, residual, False, False, True, LIFParameters())
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+def test_one_value_a_channel_cannot_be_normalised(backend):
+    norm = StepBatchNorm2d(3, backend=backend).to(DEVICE).train()
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        norm(torch.zeros(2, 1, 3, 1, 1, device=DEVICE))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

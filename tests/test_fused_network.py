@@ -144,7 +144,7 @@ def test_packed_spikes_change_nothing_but_memory(precision):
     gradients, kept, spiking = [], [], 0
     for pack in (False, True):
         model = small(branches="snn", pack_spikes=pack)
-        key, residual = key_residual_split(clip(64), 2, precision)
+        key, residual = key_residual_split(clip(), 2, precision)
         storages = {}
 
         def keep(tensor, storages=storages):

@@ -153,7 +153,10 @@ def join_processes(device_name: str) -> tuple[torch.device, Processes]:
     the device is not there.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
-        return choose_device(device_name), ALONE
+        device = choose_device(device_name)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        return device, ALONE
     names = ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     missing = [name for name in names if name not in os.environ]
     if missing:

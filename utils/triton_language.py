@@ -5,6 +5,9 @@ import os
 
 import torch
 
+# Whether products and sums may be one rounding: newer versions of Triton ask to be told. Where it matters the kernels
+# say it themselves.
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 try:
     import triton
     import triton.language as tl
@@ -34,6 +37,8 @@ def why_not_on(device_type: str) -> str | None:
         return "Triton kernels run on a GPU, these tensors are on the CPU"
     if device_type not in ("cpu", "cuda"):
         return f"Triton kernels run on CUDA devices, these tensors are on {device_type!r}"
+    if torch.version.hip is not None:
+        return "the kernels have not been tried on AMD GPUs"
     if device_type == "cuda" and _capability() < (8, 0):
         return "Triton kernels need a GPU of compute capability 8.0 or newer"
     return None

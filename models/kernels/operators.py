@@ -20,20 +20,21 @@ from models.kernels.parameters import LIFParameters, membrane_dtype
 
 @custom_op("respike::lif", mutates_args=())
 def lif(
-    current: Tensor, v0: Tensor | None, tau: float, v_threshold: float, v_reset: float | None,
+    current: Tensor, v0: Tensor | None, keep_v: bool, tau: float, v_threshold: float, v_reset: float | None,
     surrogate: str, alpha: float, detach_reset: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """current [S, ...] with S up to 32, v0 [...] -> (spikes [S, ...], membrane after the last step [...])."""
+    """current [S, ...] with S up to 32, v0 [...] -> (spikes [S, ...], if `keep_v` the membrane after the last
+    step [...])."""
     current = steps_outermost(current)
-    spikes, v_end = _like_lif(current)
+    spikes, v_end = _like_lif(current, keep_v)
     p = LIFParameters(tau, v_threshold, v_reset, surrogate, alpha, detach_reset)
-    triton_lif.launch_forward(current, _state(v0, current), spikes, v_end, p)
+    triton_lif.launch_forward(current, _state(v0, current), spikes, v_end if keep_v else None, p)
     return spikes, v_end
 
 
 @lif.register_fake
-def _(current, v0, *neuron):
-    return _like_lif(steps_outermost(current))
+def _(current, v0, keep_v, *neuron):
+    return _like_lif(steps_outermost(current), keep_v)
 
 
 @custom_op("respike::lif_backward", mutates_args=())
@@ -60,18 +61,20 @@ def _(current, v0, grad_spikes, grad_v_end, needs_v0, *neuron):
 
 
 def _lif_context(ctx, inputs, output) -> None:
-    current, v0, *ctx.neuron = inputs
+    current, v0, ctx.keep_v, *ctx.neuron = inputs
     ctx.save_for_backward(current, v0)
     ctx.set_materialize_grads(False)
 
 
 def _lif_gradient(ctx, grad_spikes, grad_v_end):
     current, v0 = ctx.saved_tensors
+    if not ctx.keep_v:
+        grad_v_end = None
     if grad_spikes is None and grad_v_end is None:
-        return (None,) * (2 + len(ctx.neuron))
+        return (None,) * (3 + len(ctx.neuron))
     needs_v0 = v0 is not None and ctx.needs_input_grad[1]
     grad_current, grad_v0 = lif_backward(current, v0, grad_spikes, grad_v_end, needs_v0, *ctx.neuron)
-    return grad_current, grad_v0.to(v0.dtype) if needs_v0 else None, *(None for _ in ctx.neuron)
+    return grad_current, grad_v0.to(v0.dtype) if needs_v0 else None, None, *(None for _ in ctx.neuron)
 
 
 lif.register_autograd(_lif_gradient, setup_context=_lif_context)
@@ -95,7 +98,7 @@ def _(x):
 @custom_op("respike::batch_norm", mutates_args=())
 def batch_norm(
     x: Tensor, mean: Tensor, inverse_deviation: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None,
-    v0: Tensor | None, count: Tensor | None, of_batch: bool, keep_sum: bool, fire: bool,
+    v0: Tensor | None, count: Tensor | None, of_batch: bool, keep_sum: bool, fire: bool, keep_v: bool,
     tau: float, v_threshold: float, v_reset: float | None, surrogate: str, alpha: float, detach_reset: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(sum, spikes, membrane after the last step) of x [S, N, C, ...]:
@@ -104,24 +107,27 @@ def batch_norm(
 
     mean, inverse_deviation [S or 1, C]: of each step, or of all. of_batch: they are x's own, so that the
     gradient goes through them too; count: the float64 number of rows they are of, over all processes of
-    the default group, whose batch they then are; None: this process's. keep_sum, fire: which of the
-    outputs are wanted; S is at most 32 where `fire`.
+    the default group, whose batch they then are; None: this process's. keep_sum, fire, keep_v: which of the
+    outputs are wanted; S is at most 32 where `fire`. Raises ValueError for a residual before neurons without
+    `keep_sum`: the backward pass reads the sum.
     """
+    if residual is not None and fire and not keep_sum:
+        raise ValueError("neurons behind a residual need keep_sum: the backward pass reads the sum")
     x = channels_known(x)
-    total, spikes, v_end = _like_batch_norm(x, keep_sum, fire)
+    total, spikes, v_end = _like_batch_norm(x, keep_sum, fire, keep_v)
     if x.numel():
         p = LIFParameters(tau, v_threshold, v_reset, surrogate, alpha, detach_reset)
         triton_batch_norm.launch_forward(
             x, mean.contiguous(), _scale(inverse_deviation, weight), bias,
             None if residual is None else laid_out_as(residual, x), _state(v0, x),
-            total if keep_sum else None, spikes if fire else None, v_end if fire else None, p,
+            total if keep_sum else None, spikes if fire else None, v_end if fire and keep_v else None, p,
         )  # fmt: skip
     return total, spikes, v_end
 
 
 @batch_norm.register_fake
-def _(x, mean, inverse_deviation, weight, bias, residual, v0, count, of_batch, keep_sum, fire, *neuron):
-    return _like_batch_norm(channels_known(x), keep_sum, fire)
+def _(x, mean, inverse_deviation, weight, bias, residual, v0, count, of_batch, keep_sum, fire, keep_v, *neuron):
+    return _like_batch_norm(channels_known(x), keep_sum, fire, keep_v)
 
 
 @custom_op("respike::batch_norm_backward_sums", mutates_args=())
@@ -177,7 +183,7 @@ def _(x, *more):
 
 def _batch_norm_context(ctx, inputs, output) -> None:
     x, mean, inverse_deviation, weight, bias, residual, v0, count = inputs[:8]
-    ctx.of_batch, ctx.keep_sum, ctx.fire, *ctx.neuron = inputs[8:]
+    ctx.of_batch, ctx.keep_sum, ctx.fire, ctx.keep_v, *ctx.neuron = inputs[8:]
     # What the neuron saw: kept by the caller anyway where it was asked for, else computed again from x.
     total = output[0] if ctx.keep_sum and ctx.fire else None
     ctx.residual_dtype = None if residual is None else residual.dtype
@@ -189,9 +195,11 @@ def _batch_norm_gradient(ctx, grad_total, grad_spikes, grad_v_end):
     x, mean, inverse_deviation, weight, bias, v0, count, total = ctx.saved_tensors
     if not ctx.keep_sum:  # an empty output; whatever is done with it, its gradient is no gradient of x
         grad_total = None
+    if not ctx.keep_v:
+        grad_v_end = None
     fire = ctx.fire and (grad_spikes is not None or grad_v_end is not None)
     if grad_total is None and not fire:
-        return (None,) * (11 + len(ctx.neuron))
+        return (None,) * (12 + len(ctx.neuron))
     total = total if fire else None
     needs_v0 = fire and v0 is not None and ctx.needs_input_grad[6]
     through = (grad_total, grad_spikes, grad_v_end) if fire else (grad_total, None, None)
@@ -222,7 +230,7 @@ def _batch_norm_gradient(ctx, grad_total, grad_spikes, grad_v_end):
     )
     grad_residual = None if ctx.residual_dtype is None else grad_y.to(ctx.residual_dtype)
     grad_v0 = grad_v0.to(v0.dtype) if needs_v0 else None
-    return grad_x, None, None, grad_weight, grad_bias, grad_residual, grad_v0, *(None,) * (4 + len(ctx.neuron))
+    return grad_x, None, None, grad_weight, grad_bias, grad_residual, grad_v0, *(None,) * (5 + len(ctx.neuron))
 
 
 batch_norm.register_autograd(_batch_norm_gradient, setup_context=_batch_norm_context)
@@ -243,8 +251,10 @@ def _scale(inverse_deviation: Tensor, weight: Tensor) -> Tensor:
     return (inverse_deviation * weight.to(inverse_deviation.dtype)).contiguous()
 
 
-def _like_lif(current: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(current), torch.empty_like(current[0], dtype=membrane_dtype(current.dtype))
+def _like_lif(current: Tensor, keep_v: bool) -> tuple[Tensor, Tensor]:
+    dtype = membrane_dtype(current.dtype)
+    v_end = torch.empty_like(current[0], dtype=dtype) if keep_v else current.new_empty(0, dtype=dtype)
+    return torch.empty_like(current), v_end
 
 
 def _like_lif_backward(current: Tensor, needs_v0: bool) -> tuple[Tensor, Tensor]:
@@ -253,12 +263,12 @@ def _like_lif_backward(current: Tensor, needs_v0: bool) -> tuple[Tensor, Tensor]
     return torch.empty_like(current), grad_v0
 
 
-def _like_batch_norm(x: Tensor, keep_sum: bool, fire: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _like_batch_norm(x: Tensor, keep_sum: bool, fire: bool, keep_v: bool) -> tuple[Tensor, Tensor, Tensor]:
     dtype = membrane_dtype(x.dtype)
     return (
         torch.empty_like(x) if keep_sum else x.new_empty(0),
         torch.empty_like(x) if fire else x.new_empty(0),
-        torch.empty_like(x[0], dtype=dtype) if fire else x.new_empty(0, dtype=dtype),
+        torch.empty_like(x[0], dtype=dtype) if fire and keep_v else x.new_empty(0, dtype=dtype),
     )
 
 

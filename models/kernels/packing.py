@@ -44,7 +44,8 @@ def pack_spikes(spikes: Tensor) -> Tensor:
     packed = torch.empty(-(-elements // 8), dtype=torch.uint8, device=spikes.device)
     if _on_triton(spikes):
         if elements:
-            _pack_kernel[(triton.cdiv(len(packed), _BYTES),)](spikes, packed, elements, BYTES=_BYTES, num_warps=4)
+            with torch.cuda.device_of(spikes):
+                _pack_kernel[(triton.cdiv(len(packed), _BYTES),)](spikes, packed, elements, BYTES=_BYTES, num_warps=4)
         return packed
     flat = F.pad(_as_in_memory(spikes) > 0, (0, 8 * len(packed) - elements)).view(-1, 8).to(torch.uint8)
     for bit in range(8):
@@ -64,7 +65,8 @@ def unpack_spikes(packed: Tensor, shape: list[int], order: list[int], dtype: tor
     elements = spikes.numel()
     if _on_triton(packed):
         if elements:
-            _unpack_kernel[(triton.cdiv(len(packed), _BYTES),)](packed, spikes, elements, BYTES=_BYTES, num_warps=4)
+            with torch.cuda.device_of(spikes):
+                _unpack_kernel[(triton.cdiv(len(packed), _BYTES),)](packed, spikes, elements, BYTES=_BYTES, num_warps=4)
         return spikes
     bits = torch.stack([(packed >> bit) & 1 for bit in range(8)], dim=1).flatten()[:elements]
     _as_in_memory(spikes).copy_(bits)
@@ -77,7 +79,7 @@ def _(packed, shape, order, dtype):
 
 
 def _on_triton(x: Tensor) -> bool:
-    return x.device.type == "cuda" and why_not_on("cuda") is None
+    return why_not_on(x.device.type) is None
 
 
 def _as_in_memory(x: Tensor) -> Tensor:
@@ -115,6 +117,8 @@ class _SpikeConv2d(torch.autograd.Function):
 def spike_conv2d(conv: nn.Conv2d, spikes: Tensor) -> Tensor:
     """`conv` of spikes [S, N, C, H, W] -> [S, N, C_out, H', W']; what autograd keeps of them is one bit each.
     conv: without bias, groups or dilation."""
+    if not torch.is_grad_enabled():  # nothing is kept
+        return conv(spikes.flatten(0, 1)).unflatten(0, spikes.shape[:2])
     weight, device = conv.weight, spikes.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)

@@ -97,7 +97,7 @@ def _forward_kernel(
             h = charge(y, v, TAU)
             tl.store(spike_ptr + here, fire(h, V_THRESHOLD).to(spike_ptr.dtype.element_ty), mask)
             v = reset(h, V_THRESHOLD, V_RESET)
-    if FIRE:
+    if FIRE and v_end_ptr is not None:
         tl.store(v_end_ptr + at, v, mask)
 
 
@@ -182,19 +182,22 @@ class _Geometry:
 
     def __init__(self, x: Tensor, fires: bool):
         self.steps, self.channels = x.shape[0], x.shape[2]
-        self.inner = x[0, 0, 0].numel()
+        self.inner = x.shape[3:].numel()
         self.rows = x.shape[1] * self.inner
         self.channels_last = is_channels_last(x)
         in_registers = self.steps if fires else 1  # the membrane of all steps
+        # Values a thread: 8 of bfloat16 are 16 bytes a load; fewer where the membrane of many steps needs the room.
+        values = 8 if in_registers <= 4 else 4 if in_registers <= 8 else 2
+        self.warps = 8
+        if not fires:
+            values = 16
+        tile = values * 32 * self.warps
         if self.channels_last and self.channels > 1:
-            # 64 channels are 128 bytes of a row: whole lines of memory. 16 values a thread, fewer for many steps.
+            # 64 channels are 128 bytes of a row: whole lines of memory.
             self.tile_columns = min(triton.next_power_of_2(self.channels), 64 if in_registers <= 4 else 32)
-            self.tile_rows = (4096 if in_registers <= 4 else 2048 if in_registers <= 16 else 1024) // self.tile_columns
+            self.tile_rows = tile // self.tile_columns
         else:
-            self.tile_columns, self.tile_rows = 1, 1024
-        self.warps = 8 if in_registers <= 4 else 8 if in_registers <= 8 else 16
-        if not self.channels_last:
-            self.warps = 4 if in_registers <= 8 else 8
+            self.tile_columns, self.tile_rows, self.warps = 1, tile // 2, 4
         self.row_tiles = triton.cdiv(self.rows, self.tile_rows)
         self.column_tiles = triton.cdiv(self.channels, self.tile_columns)
 
@@ -210,9 +213,6 @@ class _Geometry:
         )
 
 
-# Registers a thread, at most: two programs of 256 threads then share a multiprocessor, and one computes
-# while the other waits for memory. (Compiled for an H100, none of the kernels spills at that.)
-_REGISTERS = 128
 _PROGRAMS_OF_MOMENTS = 1024  # enough to fill a GPU, few enough to be added up at once
 
 
@@ -224,9 +224,10 @@ def launch_moments(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     programs = triton.cdiv(geometry.row_tiles, tiles)
     means = torch.empty(programs, geometry.steps, geometry.channels, dtype=dtype, device=x.device)
     squares = torch.empty_like(means)
-    _moments_kernel[(programs, geometry.column_tiles, geometry.steps)](
-        x, means, squares, *geometry.arguments(), TILES=tiles, COMPUTE=compute_type(x.dtype), **geometry.tiles()
-    )
+    with torch.cuda.device_of(x):
+        _moments_kernel[(programs, geometry.column_tiles, geometry.steps)](
+            x, means, squares, *geometry.arguments(), TILES=tiles, COMPUTE=compute_type(x.dtype), **geometry.tiles()
+        )
     # All programs but the last have seen as many rows.
     rows = geometry.rows
     share = torch.full((programs, 1, 1), tiles * geometry.tile_rows / rows, dtype=dtype, device=x.device)
@@ -243,11 +244,12 @@ def launch_forward(
     """Fills total [S, N, C, ...] = batch norm + residual, and spikes with v_end [N, C, ...], where given."""
     fires = spikes is not None
     geometry = _Geometry(x, fires)
-    _forward_kernel[geometry.grid(fires)](
-        x, mean, scale, bias, residual, v0, total, spikes, v_end, *geometry.arguments(), _statistics_step(mean),
-        FIRE=fires, STEPS=_steps_in_kernel(geometry, fires), TAU=p.tau, V_THRESHOLD=p.v_threshold, V_RESET=p.v_reset,
-        COMPUTE=compute_type(x.dtype), **geometry.tiles(),
-    )  # fmt: skip
+    with torch.cuda.device_of(x):
+        _forward_kernel[geometry.grid(fires)](
+            x, mean, scale, bias, residual, v0, total, spikes, v_end, *geometry.arguments(), _statistics_step(mean),
+            FIRE=fires, STEPS=_steps_in_kernel(geometry, fires),
+            TAU=p.tau, V_THRESHOLD=p.v_threshold, V_RESET=p.v_reset, COMPUTE=compute_type(x.dtype), **geometry.tiles(),
+        )  # fmt: skip
 
 
 def launch_backward_sums(
@@ -258,12 +260,13 @@ def launch_backward_sums(
     """[S, 2, C]: the sums over rows of dy and of dy (x - mean). Fills whole_grad_total with dy, and grad_v0."""
     geometry = _Geometry(x, fires)
     partial = torch.empty(geometry.row_tiles, geometry.steps, 2, geometry.channels, dtype=mean.dtype, device=x.device)
-    _backward_kernel[geometry.grid(fires)](
-        x, mean, scale, bias, total, v0, grad_total, grad_spikes, grad_v_end,
-        partial, whole_grad_total, grad_v0, None, None, None,
-        *geometry.arguments(), _statistics_step(mean), FIRE=fires, STEPS=_steps_in_kernel(geometry, fires),
-        **_neuron(p), COMPUTE=compute_type(x.dtype), **geometry.tiles(), maxnreg=_REGISTERS,
-    )  # fmt: skip
+    with torch.cuda.device_of(x):
+        _backward_kernel[geometry.grid(fires)](
+            x, mean, scale, bias, total, v0, grad_total, grad_spikes, grad_v_end,
+            partial, whole_grad_total, grad_v0, None, None, None,
+            *geometry.arguments(), _statistics_step(mean), FIRE=fires, STEPS=_steps_in_kernel(geometry, fires),
+            **_neuron(p), COMPUTE=compute_type(x.dtype), **geometry.tiles(),
+        )  # fmt: skip
     return partial.sum(0)
 
 
@@ -274,12 +277,13 @@ def launch_backward_input(
 ) -> None:  # fmt: skip
     """Fills grad_x = scale dy + centred_factor (x - mean) + offset."""
     geometry = _Geometry(x, fires)
-    _backward_kernel[geometry.grid(fires)](
-        x, mean, scale, bias, None, v0, grad_total, grad_spikes, grad_v_end,
-        None, None, None, centred_factor, offset, grad_x,
-        *geometry.arguments(), _statistics_step(mean), FIRE=fires, STEPS=_steps_in_kernel(geometry, fires),
-        **_neuron(p), COMPUTE=compute_type(x.dtype), **geometry.tiles(), maxnreg=_REGISTERS,
-    )  # fmt: skip
+    with torch.cuda.device_of(x):
+        _backward_kernel[geometry.grid(fires)](
+            x, mean, scale, bias, None, v0, grad_total, grad_spikes, grad_v_end,
+            None, None, None, centred_factor, offset, grad_x,
+            *geometry.arguments(), _statistics_step(mean), FIRE=fires, STEPS=_steps_in_kernel(geometry, fires),
+            **_neuron(p), COMPUTE=compute_type(x.dtype), **geometry.tiles(),
+        )  # fmt: skip
 
 
 def _steps_in_kernel(geometry: _Geometry, fires: bool) -> int:

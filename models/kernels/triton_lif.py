@@ -86,7 +86,8 @@ def _forward_kernel(
         h = charge(tl.load(x_ptr + at, mask, 0.0).to(COMPUTE), v, TAU)
         tl.store(spike_ptr + at, fire(h, V_THRESHOLD).to(spike_ptr.dtype.element_ty), mask)
         v = reset(h, V_THRESHOLD, V_RESET)
-    tl.store(v_end_ptr + neuron, v, mask)
+    if v_end_ptr is not None:
+        tl.store(v_end_ptr + neuron, v, mask)
 
 
 @triton.jit
@@ -132,15 +133,17 @@ def compute_type(dtype: torch.dtype):
     return tl.float64 if dtype == torch.float64 else tl.float32
 
 
-def launch_forward(x: Tensor, v0: Tensor | None, spikes: Tensor, v_end: Tensor, p: LIFParameters) -> None:
+def launch_forward(x: Tensor, v0: Tensor | None, spikes: Tensor, v_end: Tensor | None, p: LIFParameters) -> None:
     """x, spikes [S, ...] with S up to MAX_STEPS; v0, v_end [...] in `membrane_dtype`."""
-    neurons = v_end.numel()
+    neurons = x[0].numel()
     if neurons:
         block = 1024
-        _forward_kernel[(triton.cdiv(neurons, block),)](
-            x, v0, spikes, v_end, neurons, STEPS=x.shape[0], TAU=p.tau, V_THRESHOLD=p.v_threshold, V_RESET=p.v_reset,
-            COMPUTE=compute_type(x.dtype), BLOCK=block, num_warps=4,
-        )  # fmt: skip
+        with torch.cuda.device_of(x):
+            _forward_kernel[(triton.cdiv(neurons, block),)](
+                x, v0, spikes, v_end, neurons, STEPS=x.shape[0], TAU=p.tau,
+                V_THRESHOLD=p.v_threshold, V_RESET=p.v_reset,
+                COMPUTE=compute_type(x.dtype), BLOCK=block, num_warps=4,
+            )  # fmt: skip
 
 
 def launch_backward(
@@ -151,8 +154,9 @@ def launch_backward(
     if neurons:
         # Registers hold the membrane of all steps: 8 neurons a thread (16 bytes a load) for few, 2 for many.
         block = 1024 if steps <= 8 else 512 if steps <= 16 else 256
-        _backward_kernel[(triton.cdiv(neurons, block),)](
-            x, v0, grad_spikes, grad_v_end, grad_x, grad_v0, neurons, STEPS=steps, TAU=p.tau,
-            V_THRESHOLD=p.v_threshold, V_RESET=p.v_reset, SURROGATE=p.surrogate, ALPHA=p.alpha,
-            DETACH_RESET=p.detach_reset, COMPUTE=compute_type(x.dtype), BLOCK=block, num_warps=4,
-        )  # fmt: skip
+        with torch.cuda.device_of(x):
+            _backward_kernel[(triton.cdiv(neurons, block),)](
+                x, v0, grad_spikes, grad_v_end, grad_x, grad_v0, neurons, STEPS=steps, TAU=p.tau,
+                V_THRESHOLD=p.v_threshold, V_RESET=p.v_reset, SURROGATE=p.surrogate, ALPHA=p.alpha,
+                DETACH_RESET=p.detach_reset, COMPUTE=compute_type(x.dtype), BLOCK=block, num_warps=4,
+            )  # fmt: skip
