@@ -33,8 +33,9 @@ demo: $(READY)
 demo-ann: $(READY)
 	$(BIN)/python train_fusion.py $(DEMO) --branches ann --run-dir runs/demo-ann --overwrite
 
+# Two processes, a file of tests to each at a time; most tests use one thread, and start processes of their own.
 test: $(READY)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-gpu: $(READY)
 	$(BIN)/python -m pytest -m "gpu or kernels"
@@ -49,6 +50,10 @@ bench: $(READY)
 	$(BIN)/python -m benchmarks.bench_loader $(CLIPS)/kinetics400
 	$(BIN)/python -m benchmarks.bench_index $(CLIPS)/hmdb51 $(CLIPS)/ucf101 $(CLIPS)/kinetics400
 	$(BIN)/python -m benchmarks.bench_scaling
+	$(BIN)/python -m benchmarks.bench_lif
+	$(BIN)/python -m benchmarks.bench_heads ensemble_array
+	$(BIN)/python -m benchmarks.bench_heads lmu
+	$(BIN)/python -m benchmarks.memory_task
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache

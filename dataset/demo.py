@@ -1,4 +1,4 @@
-"""A generated data set: eight classes of motion that no single frame tells.
+"""Generated data sets: eight classes of motion that no single frame tells, or six orders of colours.
 
 Six textured shapes, brighter than their textured ground, move left, right, up or down, turn clockwise
 or counter-clockwise, grow or shrink. Everything else is drawn independently of the class, and so
@@ -8,9 +8,14 @@ so a growing shape that has become largest goes on as smallest. A single frame t
 distribution under every class, and only what changes between frames tells them apart. A horizontal
 flip would swap classes.
 
+In the other set three tints of the ground follow each other, each for some frames; the class is their
+order. It is for heads on the features of a frozen CNN: even a random one tells tints apart, and the last frame
+alone leaves two orders to choose from.
+
 Written as MPEG-4 in AVI, in HMDB-51's layout, by PyAV.
 """
 
+import itertools
 import json
 import math
 import multiprocessing
@@ -31,6 +36,8 @@ from utils.stopping import leave_signals_to_the_main_process
 CLASSES = (
     "move_left", "move_right", "move_up", "move_down", "turn_clockwise", "turn_counterclockwise", "grow", "shrink",
 )  # fmt: skip
+_TINTS = {"red": (1.6, 0.7, 0.7), "green": (0.7, 1.6, 0.7), "blue": (0.7, 0.7, 1.6)}
+COLOUR_ORDERS = tuple("_".join(order) for order in itertools.permutations(_TINTS))
 
 
 @dataclass(frozen=True)
@@ -44,6 +51,11 @@ class DemoSettings:
     shapes: int = 6
     seed: int = 0
     version: int = 2  # of the code below
+    kind: str = "motion"  # or "colour_orders"
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return CLASSES if self.kind == "motion" else COLOUR_ORDERS
 
 
 def generate_demo(root: Path, settings: DemoSettings, workers: int) -> tuple[Path, Path]:
@@ -66,7 +78,7 @@ def generate_demo(root: Path, settings: DemoSettings, workers: int) -> tuple[Pat
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
         tasks, lists = [], {"train": [], "test": []}
-        for label, name in enumerate(CLASSES):
+        for label, name in enumerate(settings.classes):
             (videos / name).mkdir()
             lines = []
             for part, count in (("train", settings.train_videos_per_class), ("test", settings.test_videos_per_class)):
@@ -96,7 +108,8 @@ def _write_task(task: tuple) -> None:
     path, label, part, number, settings = task
     # The test videos' numbers are drawn from other seeds than the training videos'.
     seed = numpy.random.SeedSequence([settings.seed, {"train": 1, "test": 2}[part], label, number])
-    write_video(path, draw_video(CLASSES[label], numpy.random.default_rng(seed), settings))
+    draw = draw_video if settings.kind == "motion" else draw_colour_order
+    write_video(path, draw(settings.classes[label], numpy.random.default_rng(seed), settings))
 
 
 def write_video(path: Path, frames: numpy.ndarray, fps: int = 30) -> None:
@@ -144,6 +157,21 @@ def draw_video(name: str, generator: numpy.random.Generator, settings: DemoSetti
             place, alpha, colour = _draw_shape(shape, centre, angle, size, side)
             frame[place] += alpha[..., None] * (colour - frame[place])
         video[time] = frame.round().clip(0, 255)
+    return video
+
+
+def draw_colour_order(name: str, generator: numpy.random.Generator, settings: DemoSettings) -> numpy.ndarray:
+    """One video of a class such as red_blue_green: uint8 RGB [frames, side, side, 3]. Each tint lasts for a quarter
+    of the frames at least."""
+    side, frames = settings.side_pixels, settings.frames
+    ground = _texture(generator, side, cells=10, low=60, high=140)
+    first = int(generator.integers(frames // 4, frames // 2 + 1))
+    second = int(generator.integers(first + frames // 4, frames - frames // 4 + 1))
+    video = numpy.empty((frames, side, side, 3), dtype=numpy.uint8)
+    for time in range(frames):
+        tint = name.split("_")[(time >= first) + (time >= second)]
+        drift = numpy.roll(ground, time, axis=1)
+        video[time] = (drift * _TINTS[tint] + generator.normal(0, 8, ground.shape)).round().clip(0, 255)
     return video
 
 

@@ -53,7 +53,7 @@ def load_weights(resnet: nn.Module, backbone: str, weights: str | None) -> None:
                 "or pass --weights none to start from random weights"
             ) from error
     else:
-        state_dict = _read_state_dict(Path(weights))
+        state_dict = read_state_dict(Path(weights))
     # The classifier is not used; files older than PyTorch 0.4.1 have no num_batches_tracked.
     own = {name for name in resnet.state_dict() if not name.startswith("fc.")}
     found = {name for name in state_dict if not name.startswith("fc.")}
@@ -67,7 +67,7 @@ def load_weights(resnet: nn.Module, backbone: str, weights: str | None) -> None:
         raise UserError(f"--weights {weights}: not the weights of a {backbone}: {_first_detail(error)}") from error
 
 
-def _read_state_dict(path: Path) -> dict[str, Tensor]:
+def read_state_dict(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise UserError(f"--weights {path}: expected default, none, a torchvision weights name or a file; no such file")
     try:

@@ -4,7 +4,7 @@ import numpy
 import pytest
 
 from dataset.decode import decode_frames
-from dataset.demo import CLASSES, DemoSettings, draw_video, generate_demo
+from dataset.demo import CLASSES, COLOUR_ORDERS, DemoSettings, draw_colour_order, draw_video, generate_demo
 from dataset.index import probe
 from dataset.lists import VideoList, read_lists
 from dataset.records import read_hmdb51
@@ -131,3 +131,17 @@ def test_sizes_change_as_their_name_says(name, sign):
         bright = draw_video(name, numpy.random.default_rng(seed), one_shape).astype(float).mean(-1) > 130
         changes.append(bright[2].sum() - bright[0].sum())
     assert numpy.median(changes) * sign > 0
+
+
+@pytest.mark.parametrize("name", COLOUR_ORDERS)
+def test_colour_orders(name):
+    """Each tint in its turn, for a quarter of the frames at least; where one ends is drawn."""
+    changes = set()
+    for seed in range(8):
+        frames = draw_colour_order(name, numpy.random.default_rng(seed), DemoSettings(frames=16, side_pixels=24))
+        tints = frames.mean((1, 2)).argmax(1)  # the channel that is raised
+        seen = [int(tint) for place, tint in enumerate(tints) if place == 0 or tint != tints[place - 1]]
+        assert [("red", "green", "blue")[tint] for tint in seen] == name.split("_")
+        assert min(numpy.bincount(tints)) >= 4
+        changes.add(int((tints == tints[0]).sum()))
+    assert len(changes) > 1
