@@ -35,7 +35,7 @@ demo-ann: $(READY)
 
 # Two processes, a file of tests to each at a time; most tests use one thread, and start processes of their own.
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-gpu: $(READY)
 	$(BIN)/python -m pytest -m "gpu or kernels"
