@@ -129,7 +129,14 @@ def find_videos(config: Config) -> tuple[list[str], VideoTable, VideoTable]:
 def load_data(config: Config, train: VideoTable, test: VideoTable, device: torch.device) -> Data:
     loader, files = config.dataloader, config.pickle_locations
     sampling = SegmentSampling(loader.frames_per_segment, loader.segments_per_video)
-    cnn = FrameCNN(config.CNN.backbone, files.CNN_weights, config.CNN.projection).to(device)
+    imports = config.SNN_trainer.import_CNN_forward_data
+    try:
+        cnn = FrameCNN(config.CNN.backbone, files.CNN_weights, config.CNN.projection).to(device)
+    except UserError as error:
+        if not imports:
+            raise
+        print(f"note: the features are taken without comparing the CNN's weights: {error}")
+        cnn = None
     if config.SNN_trainer.end_to_end:
         return Data(
             partial(clip_batches, config, train, sampling, device, True),
@@ -140,7 +147,7 @@ def load_data(config: Config, train: VideoTable, test: VideoTable, device: torch
     how = dict(
         network=cnn, description=dataclasses.asdict(config.CNN), device=device, batch_size=loader.batch_size,
         workers=loader.workers, size=loader.size, pin=loader.pin_memory and device.type == "cuda",
-        may_build=not config.SNN_trainer.import_CNN_forward_data, shuffle=loader.shuffle,
+        may_build=not imports, shuffle=loader.shuffle,
     )  # fmt: skip
     parts = []
     for videos, data_file, labels_file in (

@@ -59,7 +59,7 @@ def cached_features(
     labels_file: Path,
     videos: VideoTable,
     sampling,
-    network: nn.Module,
+    network: nn.Module | None,
     description: dict,
     *,
     device: torch.device,
@@ -74,11 +74,14 @@ def cached_features(
     videos, sampling, size and network, else, where `may_build`, computed and kept there.
 
     network: normalised frames float32 [N, 3, size, size] -> [N, width]; a build leaves it on `device`, in
-    eval mode. description: what else there is to say of it, JSON. batch_size: clips. shuffle: accepted and
-    without effect: in whatever order videos go through a frozen network, the features are the same.
+    eval mode. None, where not `may_build`: its weights are not at hand to compare. description: what else
+    there is to say of it, JSON. batch_size: clips. shuffle: accepted and without effect: in whatever
+    order videos go through a frozen network, the features are the same.
     Raises UserError where there is no such file or it does not fit or is damaged and `may_build` is
     False, for a video that cannot be decoded, and where the files cannot be written.
     """
+    if network is None and may_build:
+        raise ValueError("features cannot be built without a network")
     _check_names(data_file, labels_file)
     _check_videos(videos, data_file)
     files = _Files(data_file, labels_file)
@@ -126,15 +129,15 @@ def _check_videos(videos: VideoTable, data_file: Path) -> None:
         raise UserError(f"{videos.path(empty[0])}: has no decodable frame; mend it or take it off the list")
 
 
-def _parts(videos: VideoTable, sampling, size: int, network: nn.Module, description: dict) -> dict[str, str]:
+def _parts(videos: VideoTable, sampling, size: int, network: nn.Module | None, description: dict) -> dict[str, str]:
     """A digest of each thing that shapes the features, by the name a user knows it by."""
-    return {
+    parts = {
         "videos": _digest_of_videos(videos),
         "sampling": _digest([type(sampling).__name__, asdict(sampling)]),
         "frame size": _digest(size),
-        "CNN weights": weights_digest(network),
         "description": _digest(description),
     }
+    return parts if network is None else {**parts, "CNN weights": weights_digest(network)}
 
 
 def _digest_of_videos(videos: VideoTable) -> str:
@@ -162,8 +165,8 @@ def _fault_of_data(files: _Files, parts: dict[str, str]) -> str | None:
     manifest = _read_manifest(files.manifest)
     if manifest is None:
         return f"{files.manifest}: not a readable description of {files.data.name}"
-    if manifest["key"] != _digest(parts):
-        different = [name for name in parts if manifest["parts"].get(name) != parts[name]]
+    different = [name for name in parts if manifest["parts"].get(name) != parts[name]]
+    if different:
         return f"{files.data}: made with other {' and '.join(different)}"
     return _damage(files.data, manifest["data"])
 

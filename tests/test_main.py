@@ -386,3 +386,9 @@ def test_bad_paths(refused, key, value, message):
 @pytest.mark.parametrize(("key", "value"), [(key, value) for key, (value, _) in BAD_PATHS.items()])
 def test_bad_paths_are_named_by_their_key(refused, key, value):
     refused(rf"^(?!.* --).*{key}", **{key: value})
+
+
+def test_features_are_imported_without_the_weights_that_made_them(start):
+    start(epochs=1)
+    out = start(name="imported", epochs=1, import_CNN_forward_data=True, CNN_weights="gone.pth")
+    assert "without comparing the CNN's weights" in out and "gone.pth" in out and "building" not in out
