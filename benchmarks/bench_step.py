@@ -69,56 +69,13 @@ def main() -> None:
         build: torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9, fused=True)
         for build, (model, *_) in builds.items()
     }
-    peaks = dict.fromkeys(builds, 0.0)
-    tasks = {"training step": (training_step, True), "test pass": (test_pass, False)}
-    times = {(task, build): [] for task in tasks for build in builds}
-    for run in range(args.runs + 1):
-        for task, (function, training) in tasks.items():
-            for build, (model, split, clip, precision) in builds.items():
-                model.train(training)
-                if split is key_residual_split:
-                    split = functools.partial(key_residual_split, dtype=precision)
-                arguments = (model, split, clip, labels, args.stride, optimizers[build])
-                if device.type == "cuda":
-                    torch.cuda.reset_peak_memory_stats(device)
-                    before = torch.cuda.memory_allocated(device)
-                with autocast(device, precision):  # as the engine: entered once for all batches of a test pass
-                    function(*arguments)  # casts weights, warms caches
-                    seconds = timed(function, device, *arguments)
-                if device.type == "cuda" and training and run > 0:  # the first tries algorithms
-                    peaks[build] = max(peaks[build], torch.cuda.max_memory_allocated(device) - before)
-                if run > 0:
-                    times[task, build].append(seconds)
-
+    times, peaks = measure(args, device, builds, optimizers, labels)
     variant = "downsample" if args.downsample else "full"
     print(
         f"{describe(device)}; torch {torch.__version__}; {args.model}, {args.batch_size} clips of {args.time} frames, "
         f"stride {args.stride}, {args.size} px, {variant}; medians of {args.runs} runs"
     )
-    figures = []
-    for task in tasks:
-        for build in builds:
-            seconds = times[task, build]
-            ratios = [a / b for a, b in zip(times[task, "plain float32"], seconds, strict=True)]
-            figure = {
-                "task": task,
-                "build": build,
-                "seconds": statistics.median(seconds),
-                "speed_up": statistics.median(ratios),
-                "speed_up_min": min(ratios),
-                "speed_up_max": max(ratios),
-            }
-            if device.type == "cuda" and task == "training step":
-                figure["peak_memory_bytes"] = peaks[build]
-            figures.append(figure)
-            print(
-                f"{task:14s} {build:20s} {figure['seconds'] * 1e3:9.1f} ms   "
-                f"{args.batch_size / figure['seconds']:7.2f} clips/s   "
-                f"{figure['speed_up']:5.2f}x plain ({min(ratios):.2f} to {max(ratios):.2f})"
-            )
-    if device.type == "cuda":
-        for build, peak in peaks.items():
-            print(f"{build:20s} peak memory of a training step, weights not counted: {peak / 2**30:.1f} GiB")
+    figures = report(args, device, times, peaks)
     if args.profile:
         with autocast(device, torch.bfloat16):
             split = functools.partial(key_residual_split, dtype=torch.bfloat16)
@@ -148,6 +105,9 @@ def test_pass(model, split, clip, labels, stride, optimizer) -> None:
     model(key, residual)
 
 
+TASKS = {"training step": (training_step, True), "test pass": (test_pass, False)}
+
+
 def profile(device, *arguments, steps: int = 3) -> None:
     """The 15 kernels (on a CPU, operators) with the most time of their own over some training steps."""
     activity = torch.profiler.ProfilerActivity
@@ -164,6 +124,59 @@ def profile(device, *arguments, steps: int = 3) -> None:
         spent = getattr(event, own)
         share = f"{spent / steps / 1e3:9.2f} ms {100 * spent / whole:5.1f} %"
         print(f"{share}  {event.count // steps:5d} x {event.key[:90]}")
+
+
+def measure(args, device, builds: dict, optimizers: dict, labels) -> tuple[dict, dict]:
+    """(seconds of each counted run by (task, build), most bytes a training step of a build held on a GPU)"""
+    peaks = dict.fromkeys(builds, 0.0)
+    times = {(task, build): [] for task in TASKS for build in builds}
+    for run in range(args.runs + 1):
+        for task, (function, training) in TASKS.items():
+            for build, (model, split, clip, precision) in builds.items():
+                model.train(training)
+                if split is key_residual_split:
+                    split = functools.partial(key_residual_split, dtype=precision)
+                arguments = (model, split, clip, labels, args.stride, optimizers[build])
+                if device.type == "cuda":
+                    torch.cuda.reset_peak_memory_stats(device)
+                    before = torch.cuda.memory_allocated(device)
+                with autocast(device, precision):  # as the engine: entered once for all batches of a test pass
+                    function(*arguments)  # casts weights, warms caches
+                    seconds = timed(function, device, *arguments)
+                if device.type == "cuda" and training and run > 0:  # the first tries algorithms
+                    peaks[build] = max(peaks[build], torch.cuda.max_memory_allocated(device) - before)
+                if run > 0:
+                    times[task, build].append(seconds)
+    return times, peaks
+
+
+def report(args, device, times: dict, peaks: dict) -> list[dict]:
+    """Print medians and ratios to the plain build; the same as figures."""
+    figures = []
+    for task in TASKS:
+        for build in peaks:
+            seconds = times[task, build]
+            ratios = [a / b for a, b in zip(times[task, "plain float32"], seconds, strict=True)]
+            figure = {
+                "task": task,
+                "build": build,
+                "seconds": statistics.median(seconds),
+                "speed_up": statistics.median(ratios),
+                "speed_up_min": min(ratios),
+                "speed_up_max": max(ratios),
+            }
+            if device.type == "cuda" and task == "training step":
+                figure["peak_memory_bytes"] = peaks[build]
+            figures.append(figure)
+            print(
+                f"{task:14s} {build:20s} {figure['seconds'] * 1e3:9.1f} ms   "
+                f"{args.batch_size / figure['seconds']:7.2f} clips/s   "
+                f"{figure['speed_up']:5.2f}x plain ({min(ratios):.2f} to {max(ratios):.2f})"
+            )
+    if device.type == "cuda":
+        for build, peak in peaks.items():
+            print(f"{build:20s} peak memory of a training step, weights not counted: {peak / 2**30:.1f} GiB")
+    return figures
 
 
 def timed(function, device, *arguments) -> float:

@@ -22,7 +22,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from dataset.order import TestBatches
-from dataset.residual import IMAGENET_MEAN, IMAGENET_STD
+from dataset.residual import normalised
 from dataset.table import VideoTable, fixed_clips
 from dataset.transforms import test_transforms
 from dataset.video import VideoDataset, make_loader
@@ -259,7 +259,6 @@ def _fill(
 ) -> None:
     """Compute the features of the loader's clips into `array` from clip `done` on; `save` takes how many of its
     clips are done, now and then and however this ends."""
-    mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
     saved = time.monotonic()
     try:
         with Progress(len(loader), "CNN features", unit="batch") as progress, torch.no_grad():
@@ -269,8 +268,7 @@ def _fill(
                         f"{batch.failed[0].error}; features need every video: mend it or take it off the list"
                     )
                 clips, frames = batch.clips.shape[:2]
-                pixels = batch.clips.to(device, non_blocking=True).flatten(0, 1).float()
-                features = network((pixels / 255 - mean) / std)
+                features = network(normalised(batch.clips.to(device, non_blocking=True).flatten(0, 1)))
                 array[done : done + clips] = features.float().unflatten(0, (clips, frames)).cpu().numpy()
                 done += clips
                 progress.advance()

@@ -34,6 +34,15 @@ def splits() -> Path:
     return SHARED / "splits"
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """With so little to do, threads wait for each other most of the time."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def tiny_demo(tmp_path_factory) -> tuple[Path, Path]:
     """(data_root, annotation_path): 8 classes x (3 training + 1 test) videos of 10 frames, 40 pixels."""

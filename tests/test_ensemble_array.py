@@ -16,13 +16,7 @@ GOLDEN = Path(__file__).parent / "golden"
 GOLDEN_NEURONS = {"spikingrelu": SpikingRectifiedLinear(), "lif": LIF(), "relu": RectifiedLinear()}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """With so little to do, threads wait for each other most of the time."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

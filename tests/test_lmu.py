@@ -17,13 +17,7 @@ CELLS = {  # inputs, units, order, theta, memory
 SPIKE = 1 / (RATE_HZ * DT)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """With so little to do, threads wait for each other most of the time."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -25,13 +25,7 @@ HEADS = ("ensemble_array", "lmu", "spiking_lmu")
 CACHED = ("train_data", "test_data", "train_labels", "test_labels")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """With so little to do, threads wait for each other most of the time."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def cache(folder: Path) -> dict:

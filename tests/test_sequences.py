@@ -14,14 +14,7 @@ from utils.errors import UserError
 from utils.sequences import minibatches, neurons_of, sequence_loss, train_epoch
 from utils.sequences import test_pass as run_test_pass
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """With so little to do, threads wait for each other most of the time."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Head(nn.Module):
