@@ -17,29 +17,29 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from dataset.clips import VideoTable, eval_clips
 from dataset.demo import DemoSettings, generate_demo
-from dataset.features import Features, cached_features
+from dataset.frame_sampling import SegmentSampling
 from dataset.index import VideoIndex
-from dataset.records import Split, drop, read_hmdb51, read_ucf101
 from dataset.residual import normalised
-from dataset.sampling import SegmentSampling
-from dataset.table import VideoTable, fixed_clips
-from dataset.transforms import test_transforms
+from dataset.splits import Split, drop, read_hmdb51, read_ucf101
+from dataset.transforms import eval_transforms
 from dataset.video import VideoDataset, make_loader
-from models.cnn import FrameCNN
-from models.ensemble_array import EnsembleArray
-from models.lmu import LMUHead
-from models.rate_neurons import NEURONS
+from models.heads.cnn import FrameCNN
+from models.heads.ensemble_array import EnsembleArray
+from models.heads.lmu import LMUHead
+from models.heads.neurons import NEURONS
 from utils.checkpoint import check_settings, kept_checkpoints, load_checkpoint, load_newest, save_checkpoint
-from utils.config import Config, read_config
 from utils.device import choose_device, cpu_count, device_name
 from utils.errors import ArgumentParser, UserError, worker_error
-from utils.plots import save_curves
+from utils.heads.config import Config, read_config
+from utils.heads.engine import evaluate, minibatches, train_epoch
+from utils.heads.features import Features, cached_features
+from utils.heads.plots import save_curves
 from utils.run_folder import RunFolder
 from utils.script import run_script
 from utils.seed import seed_all
-from utils.sequences import minibatches, test_pass, train_epoch
-from utils.stopping import StopRequest
+from utils.signals import StopRequest
 
 HEADS = ("ensemble_array", "lmu", "spiking_lmu")
 KEYS_OF_FLAGS = {
@@ -141,7 +141,7 @@ def load_data(config: Config, train: VideoTable, test: VideoTable, device: torch
         return Data(
             partial(clip_batches, config, train, sampling, device, True),
             partial(clip_batches, config, test, sampling, device, False),
-            len(fixed_clips(train, sampling)), torch.from_numpy(fixed_clips(test, sampling)[:, 0]), cnn.width,
+            len(eval_clips(train, sampling)), torch.from_numpy(eval_clips(test, sampling)[:, 0]), cnn.width,
             torch.zeros(cnn.width), torch.ones(cnn.width), cnn,
         )  # fmt: skip
     how = dict(
@@ -196,8 +196,8 @@ def clip_batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """(uint8 clips [B, T, 3, H, W], labels [B]) on the device, for end_to_end."""
     loader = config.dataloader
-    transforms = test_transforms(loader.size, round(loader.size * 256 / 224))
-    clips = fixed_clips(videos, sampling)
+    transforms = eval_transforms(loader.size, round(loader.size * 256 / 224))
+    clips = eval_clips(videos, sampling)
     data = VideoDataset(videos, clips, sampling, transforms, config.seed, strict=True)
     pin = loader.pin_memory and device.type == "cuda"
     order = minibatches(len(clips), config.SNN.minibatch_size, config.seed, epoch if training else None)
@@ -302,7 +302,7 @@ def run_head(config_file: str, config: Config, data: Data, classes: int, device:
         network.load_state_dict(state["model"])
     if finished:
         network.eval()
-        tested = test_pass(network, data.test(None), data.test_videos)
+        tested = evaluate(network, data.test(None), data.test_videos)
         loader = config.dataloader
         about = {"head": snn.head, "train_mode": snn.train_mode, "frames": loader.frames_per_segment}
         run.write_result({**about, "segments": loader.segments_per_video, **tested})
@@ -338,7 +338,7 @@ def train(config: Config, network: nn.Module, head: nn.Module, data: Data, run: 
     run.write_config(config.as_dict(), network=settings)
     if trainer.get_initial_testing_accuracy and first == 0:
         network.eval()
-        tested = test_pass(network, data.test(None), data.test_videos)
+        tested = evaluate(network, data.test(None), data.test_videos)
         print(f"before training: last step {tested['last_step']:.2f} %, video {tested['video']:.2f} %")
     steps = -(-data.train_clips // snn.minibatch_size)
     with StopRequest() as stop:
@@ -352,7 +352,7 @@ def train(config: Config, network: nn.Module, head: nn.Module, data: Data, run: 
                 print(f"stopped by {stop.name} in epoch {epoch + 1}; the next start goes on with that epoch")
                 return False
             network.eval()
-            tested = test_pass(network, data.test(None), data.test_videos)
+            tested = evaluate(network, data.test(None), data.test_videos)
             line = {"epoch": epoch, **trained, **{f"test_{name}": value for name, value in tested.items()}}
             history.append(line)
             run.add_metrics(line)

@@ -16,31 +16,31 @@ import numpy
 import torch
 from torch.utils.data import DataLoader
 
+from dataset.batch_sampler import EvalBatchSampler, TrainBatchSampler
+from dataset.clips import VideoTable, clip_ids, count_short, dense_clips, eval_clips, fingerprint, random_clips
 from dataset.demo import DemoSettings, generate_demo
+from dataset.frame_sampling import WindowSampling
 from dataset.index import VideoIndex
-from dataset.order import TestBatches, TrainBatches
-from dataset.records import Split, cut_validation, drop, read_hmdb51, read_ucf101
-from dataset.report import report_files
-from dataset.sampling import WindowSampling
-from dataset.table import VideoTable, clip_names, count_short, drawn_clips, every_clip, fingerprint, fixed_clips
-from dataset.transforms import test_transforms, train_transform
+from dataset.readable import report_files
+from dataset.splits import Split, cut_validation, drop, read_hmdb51, read_ucf101
+from dataset.transforms import eval_transforms, resized_crop
 from dataset.video import VideoDataset, make_loader
 from models import ReSpike
+from models.batch_norm import synchronise_batch_norm
 from models.neurons import BACKENDS, runs_on_triton
 from models.resnet import BACKBONES
 from models.respike import BRANCHES, FUSIONS
 from models.spiking_resnet import BATCH_NORMS
-from models.sync_batch_norm import synchronise_batch_norm
 from utils.checkpoint import find_checkpoint, load_checkpoint
 from utils.device import choose_algorithms, choose_precision, cpu_count, device_name
-from utils.distributed import Processes, join_processes, local_processes
-from utils.engine import TrainPosition, cosine_with_warmup
 from utils.errors import ArgumentParser, UserError
-from utils.fit import TrainingState, fit, in_checkpoint_order, score
-from utils.flags import check_flags
 from utils.run_folder import RunFolder, continues_run
+from utils.runtime import Processes, join_processes, local_processes
 from utils.script import run_script
 from utils.seed import seed_all
+from utils.training.engine import TrainPosition, cosine_with_warmup
+from utils.training.fit import TrainingState, fit, in_checkpoint_order, score
+from utils.training.flags import check_flags
 
 # ---------------------------------------------------------------------------------------------------
 # Where the data sets are; --data-root and --annotation-path override.
@@ -199,7 +199,7 @@ def main() -> int:
 class Data:
     classes: list[str]
     train_loader: DataLoader
-    clip_names: numpy.ndarray  # of the training clips, in the order that an epoch shuffles
+    clip_ids: numpy.ndarray  # of the training clips, in the order that an epoch shuffles
     selection_loader: DataLoader  # what the best epoch is chosen on: "val" or "test"
     selection: str
     selected_on: str
@@ -216,20 +216,20 @@ def load_data(
     share = dict(rank=processes.rank, processes=processes.count)
 
     def testing(videos: VideoTable) -> tuple[DataLoader, str]:
-        clips = fixed_clips(videos, sampling)
-        transforms = test_transforms(args.size, short_side=args.size)
-        batches = TestBatches(clips, args.batch_size, **share)
+        clips = eval_clips(videos, sampling)
+        transforms = eval_transforms(args.size, short_side=args.size)
+        batches = EvalBatchSampler(clips, args.batch_size, **share)
         loader = make_loader(VideoDataset(videos, clips, transforms=transforms, **dataset), batches, args.workers, pin)
         return loader, fingerprint(videos, clips)
 
-    clips = every_clip(train, sampling, PUBLISHED_CLIP_STEP) if args.clips_per_video == "all" else drawn_clips(train)
-    names = clip_names(train, clips)
+    clips = dense_clips(train, sampling, PUBLISHED_CLIP_STEP) if args.clips_per_video == "all" else random_clips(train)
+    names = clip_ids(train, clips)
     if resumed is not None and not args.test_only:
         clips, names = in_checkpoint_order(train, clips, *resumed)
     if len(clips) < processes.count and not args.test_only:
         raise UserError(f"{len(clips)} training clips cannot be shared out to {processes.count} processes; start fewer")
-    transforms = [train_transform(args.size, FLIP[args.dset], CROP_AREA[args.dset])]
-    batches = TrainBatches(len(clips), args.batch_size, args.seed, **share)
+    transforms = [resized_crop(args.size, FLIP[args.dset], CROP_AREA[args.dset])]
+    batches = TrainBatchSampler(len(clips), args.batch_size, args.seed, **share)
     train_loader = make_loader(VideoDataset(train, clips, transforms=transforms, **dataset), batches, args.workers, pin)
     test_loader, selection = testing(test)
     selection_loader = test_loader
@@ -305,7 +305,7 @@ def build(
     scaler = torch.amp.GradScaler(device.type, enabled=choose_precision(device, args.amp) == torch.float16)
     state = TrainingState(
         model, optimizer, scaler, settings={**network, "classes": data.classes, "T": args.time},
-        clips=data.clip_names, selection=data.selection, flags={**vars(args), "processes": processes.count},
+        clips=data.clip_ids, selection=data.selection, flags={**vars(args), "processes": processes.count},
         position=TrainPosition(args.start_epoch),
     )  # fmt: skip
     if resumed is not None:

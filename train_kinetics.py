@@ -17,31 +17,31 @@ import numpy
 import torch
 from torch.utils.data import DataLoader
 
+from dataset.batch_sampler import EvalBatchSampler, TrainBatchSampler
+from dataset.clips import VideoTable, clip_ids, count_short, eval_clips, fingerprint, random_clips
+from dataset.frame_sampling import SegmentSampling, WindowSampling
 from dataset.index import VideoIndex
 from dataset.lists import VideoList, read_label_map, read_lists
-from dataset.order import TestBatches, TrainBatches
-from dataset.records import drop
-from dataset.report import report_files
-from dataset.sampling import SegmentSampling, WindowSampling
-from dataset.table import VideoTable, clip_names, count_short, drawn_clips, fingerprint, fixed_clips
-from dataset.transforms import CROP_POSITIONS, multi_scale_transform, test_transforms
+from dataset.readable import report_files
+from dataset.splits import drop
+from dataset.transforms import CROP_POSITIONS, eval_transforms, multi_scale_crop
 from dataset.video import VideoDataset, make_loader
 from models import ReSpike
+from models.batch_norm import synchronise_batch_norm
 from models.neurons import BACKENDS, runs_on_triton
 from models.resnet import BACKBONES
 from models.respike import BRANCHES, FUSIONS
 from models.spiking_resnet import BATCH_NORMS
-from models.sync_batch_norm import synchronise_batch_norm
 from utils.checkpoint import find_checkpoint
 from utils.device import choose_algorithms, choose_precision, cpu_count, device_name
-from utils.distributed import Processes, join_processes, local_processes
-from utils.engine import TrainPosition, cosine_with_warmup
 from utils.errors import ArgumentParser, UserError
-from utils.fit import TrainingState, fit, in_checkpoint_order, score
-from utils.flags import check_flags
 from utils.run_folder import RunFolder, continues_run
+from utils.runtime import Processes, join_processes, local_processes
 from utils.script import run_script
 from utils.seed import seed_all
+from utils.training.engine import TrainPosition, cosine_with_warmup
+from utils.training.fit import TrainingState, fit, in_checkpoint_order, score
+from utils.training.flags import check_flags
 
 # ---------------------------------------------------------------------------------------------------
 # Where the data set is; the flags of these names override. --dset list has no place of its own.
@@ -208,7 +208,7 @@ def main() -> int:
 class Data:
     classes: list[str]
     train_loader: DataLoader
-    clip_names: numpy.ndarray  # of the training clips, in the order that an epoch shuffles
+    clip_ids: numpy.ndarray  # of the training clips, in the order that an epoch shuffles
     val_loader: DataLoader
     selection: str  # names the clips that the best epoch is chosen on
     protocol: dict  # how a test figure came about
@@ -224,19 +224,19 @@ def load_data(
     dataset = dict(sampling=sampling, seed=args.seed, strict=args.strict)
     share = dict(rank=processes.rank, processes=processes.count)
 
-    clips = drawn_clips(train)
-    names = clip_names(train, clips)
+    clips = random_clips(train)
+    names = clip_ids(train, clips)
     if resumed is not None and not args.test_only:
         clips, names = in_checkpoint_order(train, clips, *resumed)
     if len(clips) < processes.count and not args.test_only:
         raise UserError(f"{len(clips)} training clips cannot be shared out to {processes.count} processes; start fewer")
-    transforms = [multi_scale_transform(args.size, args.flip)]
-    batches = TrainBatches(len(clips), args.batch_size, args.seed, **share)
+    transforms = [multi_scale_crop(args.size, args.flip)]
+    batches = TrainBatchSampler(len(clips), args.batch_size, args.seed, **share)
     train_loader = make_loader(VideoDataset(train, clips, transforms=transforms, **dataset), batches, args.workers, pin)
 
-    val_clips = fixed_clips(val, sampling, args.crops)
-    transforms = test_transforms(args.size, round(args.size * SHORT_SIDE), args.crops)
-    batches = TestBatches(val_clips, args.batch_size, **share)
+    val_clips = eval_clips(val, sampling, args.crops)
+    transforms = eval_transforms(args.size, round(args.size * SHORT_SIDE), args.crops)
+    batches = EvalBatchSampler(val_clips, args.batch_size, **share)
     val_loader = make_loader(VideoDataset(val, val_clips, transforms=transforms, **dataset), batches, args.workers, pin)
 
     short = count_short(train, sampling) + count_short(val, sampling)
@@ -304,7 +304,7 @@ def build(
     scaler = torch.amp.GradScaler(device.type, enabled=choose_precision(device, args.amp) == torch.float16)
     state = TrainingState(
         model, optimizer, scaler, settings={**network, "classes": data.classes, "T": args.time},
-        clips=data.clip_names, selection=data.selection, flags={**vars(args), "processes": processes.count},
+        clips=data.clip_ids, selection=data.selection, flags={**vars(args), "processes": processes.count},
         position=TrainPosition(args.start_epoch),
     )  # fmt: skip
     if resumed is not None:

@@ -20,7 +20,7 @@ import numpy
 
 from dataset.decode import VideoError, decode_frames
 from dataset.index import probe
-from dataset.records import VIDEO_SUFFIXES
+from dataset.splits import VIDEO_SUFFIXES
 
 CLIP_FRAMES = 16
 

@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.bench_step import describe
-from models.ensemble_array import EnsembleArray
-from models.lmu import LMU
+from models.heads.ensemble_array import EnsembleArray
+from models.heads.lmu import LMU
 
 FRAMES, MINIBATCH, FEATURES, CLASSES = 28, 100, 512, 101
 

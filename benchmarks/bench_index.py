@@ -23,10 +23,10 @@ from pathlib import Path
 
 import train_kinetics
 from dataset.index import VideoIndex, _stamp, probe
-from dataset.records import VIDEO_SUFFIXES
+from dataset.splits import VIDEO_SUFFIXES
 from utils.device import cpu_count
-from utils.distributed import ALONE
 from utils.run_folder import RunFolder
+from utils.runtime import ALONE
 
 
 def main() -> None:
@@ -94,7 +94,7 @@ def start_of_training(paths: list[str], folder: Path) -> float:
     with contextlib.redirect_stdout(io.StringIO()):
         videos = train_kinetics.find_videos(args, run, None)
         data = train_kinetics.load_data(args, *videos, ALONE, None, pin=False)
-    assert len(data.clip_names) == cut
+    assert len(data.clip_ids) == cut
     return time.perf_counter() - start
 
 

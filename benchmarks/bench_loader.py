@@ -20,12 +20,12 @@ import av
 import torch
 
 import dataset.video
+from dataset.batch_sampler import TrainBatchSampler
+from dataset.clips import VideoTable, random_clips
+from dataset.frame_sampling import SegmentSampling, WindowSampling
 from dataset.index import probe
-from dataset.order import TrainBatches
-from dataset.records import VIDEO_SUFFIXES, VideoRecord
-from dataset.sampling import SegmentSampling, WindowSampling
-from dataset.table import VideoTable, drawn_clips
-from dataset.transforms import multi_scale_transform
+from dataset.splits import VIDEO_SUFFIXES, VideoRecord
+from dataset.transforms import multi_scale_crop
 from dataset.video import VideoDataset, collate, make_loader
 from utils.device import cpu_count
 
@@ -97,9 +97,9 @@ def make(known: dict, sampling, args, workers: int, clips: int | None = None):
     clips = clips or args.batches * args.batch_size
     paths = [list(known)[number % len(known)] for number in range(clips)]
     videos = VideoTable([VideoRecord(path, 0, "") for path in paths], [known[path] for path in paths])
-    transforms = [multi_scale_transform(args.size, flip=True)]
-    data = VideoDataset(videos, drawn_clips(videos), sampling, transforms, seed=0)
-    return make_loader(data, TrainBatches(clips, args.batch_size, seed=0), workers, pin=False)
+    transforms = [multi_scale_crop(args.size, flip=True)]
+    data = VideoDataset(videos, random_clips(videos), sampling, transforms, seed=0)
+    return make_loader(data, TrainBatchSampler(clips, args.batch_size, seed=0), workers, pin=False)
 
 
 def one_epoch(loader, epoch: int) -> int:

@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dataset.residual import key_residual_split
 from models import ReSpike
 from utils.device import autocast, choose_precision, device_name
-from utils.distributed import join_processes
+from utils.runtime import join_processes
 
 # (T, stride, size): one of them changes at a time.
 GRID = [(16, 4, 224), (8, 4, 224), (32, 4, 224), (16, 2, 224), (16, 8, 224), (16, 4, 128), (16, 4, 160), (16, 2, 128)]

@@ -15,9 +15,9 @@ import statistics
 import torch
 from torch import Tensor
 
-from models.lmu import LMUHead
-from models.rate_neurons import SpikingRectifiedLinear
-from utils.sequences import minibatches, test_pass, train_epoch
+from models.heads.lmu import LMUHead
+from models.heads.neurons import SpikingRectifiedLinear
+from utils.heads.engine import evaluate, minibatches, train_epoch
 
 SYMBOLS, STEPS, SHOWN = 8, 28, 4
 NOISE = 0.5  # standard deviation of each input after the symbol
@@ -52,7 +52,7 @@ def trained(head: str, seed: int, epochs: int) -> dict[str, float]:
         how = dict(task=f"epoch {epoch + 1}", steps=len(order), loss="last", train_mode=mode, shown=False)
         result = train_epoch(model, model, batches, optimizer, **how)
     inputs, labels = delayed_recall(TESTING, 200 + seed)
-    tested = test_pass(model, [(inputs, labels)], torch.arange(TESTING))
+    tested = evaluate(model, [(inputs, labels)], torch.arange(TESTING))
     return {"train": result["train_last_step"], "test": tested["last_step"]}
 
 

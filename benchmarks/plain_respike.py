@@ -5,7 +5,7 @@ blocks. As in the published code these project with 1x1 convolutions, project th
 at each step, and form the attention matrix with a softmax; memory is laid out as PyTorch does by
 default. (The published code also recomputes each fusion block in the backward pass; this does not.)
 It borrows its layers from a `models.ReSpike`, so both compute the same numbers
-(tests/test_respike.py).
+(tests/models/test_respike.py).
 """
 
 import torch

@@ -31,7 +31,7 @@ import numpy
 
 from utils.errors import UserError
 from utils.progress import Progress
-from utils.stopping import leave_signals_to_the_main_process
+from utils.signals import leave_signals_to_the_main_process
 
 CLASSES = (
     "move_left", "move_right", "move_up", "move_down", "turn_clockwise", "turn_counterclockwise", "grow", "shrink",
@@ -61,7 +61,7 @@ class DemoSettings:
 def generate_demo(root: Path, settings: DemoSettings, workers: int) -> tuple[Path, Path]:
     """Write the data set under `root` unless it is there already, with these settings.
 
-    Returns (data_root, annotation_path) for `dataset.records.read_hmdb51`. train.txt and val.txt name the
+    Returns (data_root, annotation_path) for `dataset.splits.read_hmdb51`. train.txt and val.txt name the
     same videos for `dataset.lists`.
     """
     videos, splits, stamp = root / "videos", root / "splits", root / "demo_settings.json"

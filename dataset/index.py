@@ -22,7 +22,7 @@ from dataset.decode import SeekPoint, VideoError, decoded, open_video, video_str
 from utils.errors import UserError
 from utils.files import write_atomically
 from utils.progress import Progress
-from utils.stopping import leave_signals_to_the_main_process
+from utils.signals import leave_signals_to_the_main_process
 
 _FORMAT = 1
 _DECODER = f"libavcodec {'.'.join(map(str, av.library_versions['libavcodec']))}"

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from dataset.records import VIDEO_SUFFIXES, Split, VideoRecord, read_lines
+from dataset.splits import VIDEO_SUFFIXES, Split, VideoRecord, read_lines
 from utils.errors import UserError
 
 _USUAL_SUFFIXES = (".mp4", ".mkv", ".webm", ".avi")

@@ -17,13 +17,13 @@ _SNAP_PIXELS = 3  # a crop this near to the wanted size is taken at that size, a
 CROP_POSITIONS = {1: (0.5,), 3: (0.0, 0.5, 1.0)}
 
 
-def train_transform(size: int, flip: bool, crop_area: tuple[float, float] = PUBLISHED_CROP_AREA) -> v2.Transform:
+def resized_crop(size: int, flip: bool, crop_area: tuple[float, float] = PUBLISHED_CROP_AREA) -> v2.Transform:
     """RandomResizedCrop to `size` pixels of a share `crop_area` of the frame; a horizontal flip half the
     time where `flip` (not where left and right are the label)."""
     return _with_flip(v2.RandomResizedCrop(size, scale=crop_area, antialias=True), flip)
 
 
-def multi_scale_transform(size: int, flip: bool, scales: tuple[float, ...] = PUBLISHED_SCALES) -> v2.Transform:
+def multi_scale_crop(size: int, flip: bool, scales: tuple[float, ...] = PUBLISHED_SCALES) -> v2.Transform:
     """MultiScaleCrop to `size` pixels; a horizontal flip half the time where `flip`."""
     return _with_flip(MultiScaleCrop(size, scales), flip)
 
@@ -32,7 +32,7 @@ def _with_flip(crop: nn.Module, flip: bool) -> v2.Transform:
     return v2.Compose([crop, v2.RandomHorizontalFlip()] if flip else [crop])
 
 
-def test_transforms(size: int, short_side: int, crops: int = 1) -> list[v2.Transform]:
+def eval_transforms(size: int, short_side: int, crops: int = 1) -> list[v2.Transform]:
     """One transform for each of `crops` crops of `size` pixels, of frames scaled to `short_side`: the
     centre, or the two ends and the centre of the longer side. Raises ValueError for other numbers."""
     if crops not in CROP_POSITIONS:

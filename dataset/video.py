@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
+from dataset.clips import NO_VIDEO, RANDOM_PLACE, VideoTable
 from dataset.decode import VideoError, decode_frames
-from dataset.table import DRAWN, GONE, VideoTable
-from utils.stopping import leave_signals_to_the_main_process
+from utils.signals import leave_signals_to_the_main_process
 
 # A file that cannot be read now may be readable again after a network drive's hiccup.
 RETRY_SECONDS = (1.0, 5.0)
@@ -26,7 +26,7 @@ _WORTH_WAITING_IN_A_ROW = 2
 
 
 class FailedVideo(NamedTuple):
-    video: int  # index into the table; GONE where it was known to be gone
+    video: int  # index into the table; NO_VIDEO where it was known to be gone
     error: str  # one line
 
 
@@ -40,7 +40,7 @@ class VideoBatch(NamedTuple):
 class VideoDataset(Dataset):
     """Clips of videos. Item (epoch, index) -> (uint8 [T, 3, H, W], label, video), or a `FailedVideo`.
 
-    clips: int64 [clips, 3] (`dataset.table`). transforms: one for each crop a clip may name. A file that
+    clips: int64 [clips, 3] (`dataset.clips`). transforms: one for each crop a clip may name. A file that
     cannot be decoded is tried again after RETRY_SECONDS, then becomes a `FailedVideo`, or, under
     `strict`, raises VideoError.
     """
@@ -70,12 +70,12 @@ class VideoDataset(Dataset):
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int, int] | FailedVideo:
         epoch, index = key
         video, place, crop = self.clips[index].tolist()
-        if video == GONE:
-            return FailedVideo(GONE, "")
+        if video == NO_VIDEO:
+            return FailedVideo(NO_VIDEO, "")
         generator = random.Random(f"{self._seed}/{epoch}/{index}")
         frames = int(self.videos.frames[video])
         try:
-            if place == DRAWN:
+            if place == RANDOM_PLACE:
                 decoded = self._decode(video, self._sampling.random(frames, generator))
             else:
                 decoded = self._decode_fixed(video, place, frames)
@@ -137,7 +137,7 @@ def collate(samples: list[tuple[Tensor, int, int] | FailedVideo]) -> VideoBatch:
 
 
 def make_loader(dataset: VideoDataset, batches: Sampler, workers: int, pin: bool) -> DataLoader:
-    """batches: of `dataset.order`. `pin` for copies to a GPU beside computation."""
+    """batches: of `dataset.batch_sampler`. `pin` for copies to a GPU beside computation."""
     return DataLoader(
         dataset,
         batch_sampler=batches,

@@ -97,7 +97,7 @@ class LIF(nn.Module):
 
     forward: current [S, ...] -> spikes [S, ...]. While `count_spikes` is true, the float64 scalars
     `spike_sum` and `neuron_steps` (neurons times time steps) add up on the device; their ratio is the
-    mean firing rate. `utils.metrics.FiringRates` switches and reads them.
+    mean firing rate. `utils.training.metrics.FiringRates` switches and reads them.
     """
 
     def __init__(self, parameters: LIFParameters = LIFParameters(), backend: str = "auto"):

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from models.attention import CrossAttentionFusion
 from models.kernels.parameters import LIFParameters
 from models.neurons import BACKENDS, LIF
-from models.published import rename_published_state_dict
+from models.published_weights import rename_published_state_dict
 from models.resnet import ResNetStages
 from models.spiking_resnet import SpikingResNetStages
 from utils.errors import UserError
@@ -132,7 +132,7 @@ class ReSpike(nn.Module):
         }
 
     def load_reference_state_dict(self, state_dict: dict[str, Tensor]) -> None:
-        """Load weights saved by the published code, by its names (`models.published`).
+        """Load weights saved by the published code, by its names (`models.published_weights`).
 
         Both published variants save the same names; `fusion1` is unused, and not loaded, without
         downsample. Raises UserError naming the first keys that are missing, unknown or misshapen.

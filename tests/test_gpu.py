@@ -9,11 +9,11 @@ from models import ReSpike
 from models.kernels.parameters import LIFParameters
 from models.kernels.reference import lif_definition
 from models.neurons import lif
-from tests.script import command_line, finish, metrics, start_python
-from tests.test_engine import make_loader
-from tests.test_golden import CASES, GOLDEN, TOLERANCE, build, golden_input
+from tests.helpers.script import command_line, finish, metrics, start_python
+from tests.models.test_golden import CASES, GOLDEN, TOLERANCE, build, golden_input
+from tests.utils.training.test_engine import make_loader
 from utils.device import choose_precision
-from utils.engine import to_device
+from utils.training.engine import to_device
 
 pytestmark = pytest.mark.gpu
 

@@ -1,36 +1,22 @@
-"""Training curves as a picture."""
+"""What the network is shown, as a picture."""
 
-from pathlib import Path
+import torch
+from torch import Tensor
+from torchvision.utils import make_grid
 
-from utils.errors import UserError
+_CLIPS_SHOWN = 4
+_SEGMENTS_SHOWN = 2
 
 
-def save_curves(file: Path, history: list[dict], title: str) -> None:
-    """A PNG: accuracy by epoch in training and testing, and in the last epoch's test by time step.
+def key_residual_picture(key: Tensor, residual: Tensor) -> Tensor:
+    """A row a clip: a key frame, then its residual frames, for the first segments: [3, H, W] in [0, 1].
 
-    history: an epoch's line each, with "train_last_step", "test_last_step", "test_video" and "test_per_step".
-    Raises UserError where it cannot be written.
+    key [B, K, 3, H, W], residual [B, K, S, 3, H, W]. Grey in a residual is no change, brighter and
+    darker is what came and went.
     """
-    # Imported here: only this picture needs it, and it takes a second. The figure is not pyplot's: no display.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    FigureCanvasAgg(figure)
-    by_epoch, by_step = figure.subplots(1, 2)
-    epochs = [line["epoch"] + 1 for line in history]
-    for name, label in (
-        ("train_last_step", "training, last step"),
-        ("test_last_step", "test, last step"),
-        ("test_video", "test, video"),
-    ):
-        by_epoch.plot(epochs, [line[name] for line in history], marker=".", label=label)
-    by_epoch.set(xlabel="epoch", ylabel="accuracy (%)", ylim=(0, 102), title=title)
-    by_epoch.legend()
-    steps = history[-1]["test_per_step"]
-    by_step.plot(range(1, len(steps) + 1), steps, marker=".")
-    by_step.set(xlabel="time step", ylabel="test accuracy (%)", ylim=(0, 102), title=f"after {epochs[-1]} epochs")
-    try:
-        figure.savefig(file, dpi=120)
-    except OSError as error:
-        raise UserError(f"{file}: cannot be written ({error.strerror})") from error
+    key, residual = key[:_CLIPS_SHOWN, :_SEGMENTS_SHOWN].float(), residual[:_CLIPS_SHOWN, :_SEGMENTS_SHOWN].float()
+    low, high = key.amin(), key.amax()
+    key = (key - low) / (high - low).clamp(min=1e-6)
+    residual = 0.5 + 0.5 * residual / residual.abs().amax().clamp(min=1e-6)
+    tiles = torch.cat([key[:, :, None], residual], dim=2)  # [B, K, 1+S, 3, H, W]
+    return make_grid(tiles.flatten(0, 2).cpu(), nrow=tiles.shape[1] * tiles.shape[2], padding=1)

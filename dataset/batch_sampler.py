@@ -1,0 +1,70 @@
+"""In which order, and which process takes which: pure functions of (seed, epoch, position).
+
+Both samplers give batches of keys (epoch, clip), for `DataLoader(batch_sampler=...)`. Neither pads:
+no clip is seen twice.
+"""
+
+import random
+from collections.abc import Iterator
+
+import numpy
+from torch.utils.data import Sampler
+
+
+class TrainBatchSampler(Sampler):
+    """Shuffled anew each epoch. A step takes the next `batch_size` x `processes` clips of the epoch's one
+    order, `batch_size` of them to each process, so that W processes train on what one with a batch W
+    times as large would. The last step of an epoch takes what is left, shared out evenly; fewer clips
+    than processes are left out.
+
+    `set_position` chooses the epoch and how many of its clips are done already.
+    """
+
+    def __init__(self, clips: int, batch_size: int, seed: int, rank: int = 0, processes: int = 1):
+        self._clips, self._seed = clips, seed
+        self.batch_size = batch_size
+        self._rank, self._processes = rank, processes
+        self._epoch = self._done = 0
+
+    def set_position(self, epoch: int, clips_done: int = 0) -> None:
+        self._epoch, self._done = epoch, clips_done
+
+    def steps_done(self) -> int:
+        step = self.batch_size * self._processes
+        return -(-self._done // step)
+
+    def sizes(self) -> list[int]:
+        """Clips of each batch to come, over all processes."""
+        step = self.batch_size * self._processes
+        sizes = [min(step, self._clips - start) for start in range(self._done, self._clips, step)]
+        return sizes[:-1] if sizes and sizes[-1] < self._processes else sizes
+
+    def __len__(self) -> int:
+        return len(self.sizes())
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        epoch, start = self._epoch, self._done  # as they are now: a loader's workers ask later
+        order = list(range(self._clips))
+        random.Random(f"order/{self._seed}/{epoch}").shuffle(order)
+        for size in self.sizes():
+            begin, end = (start + rank * size // self._processes for rank in (self._rank, self._rank + 1))
+            yield [(epoch, clip) for clip in order[begin:end]]
+            start += size
+
+
+class EvalBatchSampler(Sampler):
+    """Every clip once, in order. Whole videos are dealt out to the processes, so that each can score its
+    own and only counts need adding; `steps` is the longest process's number of batches."""
+
+    def __init__(self, clips: numpy.ndarray, batch_size: int, rank: int = 0, processes: int = 1):
+        owner = clips[:, 0] % processes
+        self._own = numpy.flatnonzero(owner == rank)
+        self._batch_size = batch_size
+        self.steps = -(-int(numpy.bincount(owner, minlength=1).max(initial=0)) // batch_size)
+
+    def __len__(self) -> int:
+        return -(-len(self._own) // self._batch_size)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for start in range(0, len(self._own), self._batch_size):
+            yield [(0, clip) for clip in self._own[start : start + self._batch_size].tolist()]

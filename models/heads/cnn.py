@@ -1,0 +1,90 @@
+"""The frozen CNN whose features of single frames are cached (`utils.heads.features`)."""
+
+import hashlib
+from pathlib import Path
+
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from models.resnet import BACKBONES, load_weights, read_state_dict
+from utils.errors import UserError
+
+_PROJECTION_WIDTHS = (1024, 768, 512)
+
+
+class FrameCNN(nn.Module):
+    """A torchvision ResNet without its classifier: frames [N, 3, H, W], normalised -> features [N, width].
+
+    width: 2048 (512 for resnet18 and resnet34), the global average of the last stage. With `projection`
+    that goes through the published layers 2048-1024-768-512, and width is 512.
+
+    weights: as for `models.resnet.load_weights`. With `projection` a path is that of a state dict of this
+    module, and other weights leave the projection random. Its names are those of published "ResCNNEncoder"
+    checkpoints of video classification (resnet.<place among the ResNet's children>, fc1, bn1, fc2, bn2,
+    fc3), which can be given as they are. Starts in eval mode, without gradients. Raises UserError where
+    the weights cannot be had or do not fit.
+    """
+
+    def __init__(self, backbone: str = "resnet152", weights: str | None = "default", projection: bool = False):
+        super().__init__()
+        if backbone not in BACKBONES:
+            raise UserError(f"backbone must be one of {', '.join(BACKBONES)}, got {backbone!r}")
+        resnet = torchvision.models.get_model(backbone, weights=None)
+        own_file = projection and not _names_resnet_weights(weights, backbone)
+        if not own_file:
+            load_weights(resnet, backbone, weights)
+        self.projection = projection
+        self.width = resnet.fc.in_features
+        self.resnet = nn.Sequential(*list(resnet.children())[:-1])
+        if projection:
+            first, second, last = _PROJECTION_WIDTHS
+            self.fc1, self.bn1 = nn.Linear(self.width, first), nn.BatchNorm1d(first)
+            self.fc2, self.bn2 = nn.Linear(first, second), nn.BatchNorm1d(second)
+            self.fc3 = nn.Linear(second, last)
+            self.width = last
+        if own_file:
+            _load_state_dict(self, weights, f"a {backbone} with its projection")
+        self.requires_grad_(False).eval()
+
+    def forward(self, frames: Tensor) -> Tensor:
+        features = self.resnet(frames).flatten(1)
+        if not self.projection:
+            return features
+        features = self.bn1(self.fc1(features)).relu()
+        features = self.bn2(self.fc2(features)).relu()
+        return self.fc3(features)
+
+
+def _names_resnet_weights(weights: str | None, backbone: str) -> bool:
+    names = torchvision.models.get_model_weights(backbone).__members__
+    return weights is None or weights in ("none", "default") or weights in names
+
+
+def _load_state_dict(network: nn.Module, file: str, what: str) -> None:
+    """Raises UserError naming the first key that is unknown, missing or of another shape."""
+    found = {
+        name.removeprefix("module."): value for name, value in read_state_dict(Path(file)).items()
+    }  # DataParallel's
+    own = network.state_dict()
+    problems = [f"{name} does not belong to it" for name in found if name not in own]
+    # Files older than PyTorch 0.4.1 have no num_batches_tracked.
+    problems += [f"{name} is missing" for name in own if name not in found and not name.endswith("num_batches_tracked")]
+    problems += [
+        f"{name} is {list(found[name].shape)} where {list(value.shape)} is wanted"
+        for name, value in own.items()
+        if name in found and found[name].shape != value.shape
+    ]
+    if problems:
+        raise UserError(f"--weights {file}: not the weights of {what}: {problems[0]}")
+    network.load_state_dict(found, strict=False)
+
+
+def weights_digest(network: nn.Module) -> str:
+    """sha256, in hexadecimal, of the names, shapes, types and bytes of a network's parameters and buffers."""
+    digest = hashlib.sha256()
+    for name, value in sorted(network.state_dict().items()):
+        digest.update(f"{name} {list(value.shape)} {value.dtype}\n".encode())
+        # As bytes: numpy has no bfloat16.
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()

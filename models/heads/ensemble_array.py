@@ -1,0 +1,141 @@
+"""EnsembleArray: many one-dimensional ensembles of neurons side by side, as nengo's (Eliasmith & Anderson 2003)."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from models.heads.neurons import DT, Neuron, SpikingRectifiedLinear, rate_counterpart
+from models.heads.synapse import Lowpass
+
+MAX_RATES_HZ = (200.0, 400.0)  # nengo's defaults, drawn uniformly
+INTERCEPTS = (-1.0, 0.9)
+# Neurons handled at a time, times clips: 1 M values of a dozen tensors stay near a CPU's cache, and memory stays
+# at what one piece needs however many ensembles there are.
+_CHUNK_VALUES = 1 << 20
+
+
+class EnsembleArray(nn.Module):
+    """`ensembles` ensembles of `neurons_per_ensemble` neurons, each representing one number.
+
+    forward: features [T, B, inputs] -> logits [T, B, classes]: transform [ensembles, inputs] through a
+    Lowpass synapse, neurons of current gain * encoder * x + bias, decoders, readout [classes, ensembles]. As in
+    nengo the ensembles see the synapse's output of the step before, zero at the first.
+
+    `neuron` may be exchanged between calls (training with rates, testing with spikes). All but the
+    neurons' time constants is trained; gradients through spikes are the rates' (`models.heads.neurons`).
+    """
+
+    def __init__(
+        self, inputs: int, classes: int, ensembles: int = 10_000, neurons_per_ensemble: int = 50,
+        neuron: Neuron = SpikingRectifiedLinear(), synapse_seconds: float = 0.005,
+    ):  # fmt: skip
+        super().__init__()
+        self.neuron = neuron
+        size = (ensembles, neurons_per_ensemble)
+        max_rates = torch.empty(size).uniform_(*MAX_RATES_HZ)
+        gain, bias = neuron.gain_bias(max_rates, torch.empty(size).uniform_(*INTERCEPTS))
+        sign = torch.randint(0, 2, size).to(gain) * 2 - 1  # a one-dimensional encoder is a direction
+        self.scaled_encoders = nn.Parameter(gain * sign)  # gain * encoder, [ensembles, neurons]
+        self.bias = nn.Parameter(bias)
+        # Neurons of an ensemble start at different phases, or all of them would spike at once.
+        self.register_buffer("initial_voltage", torch.rand(size))
+        self.decoders = nn.Parameter(solve_decoders(gain * sign, bias, neuron))
+        self.transform = nn.Parameter(torch.randn(ensembles, inputs) / math.sqrt(inputs))
+        self.readout = nn.Parameter(torch.randn(classes, ensembles) / math.sqrt(ensembles))
+        self.synapse = Lowpass(synapse_seconds)
+
+    def forward(self, features: Tensor) -> Tensor:
+        represented = self.synapse(features @ self.transform.T)  # [T, B, ensembles]
+        represented = torch.cat([torch.zeros_like(represented[:1]), represented[:-1]])
+        return self.decoded(represented) @ self.readout.T
+
+    def decoded(self, represented: Tensor) -> Tensor:
+        """What the ensembles give for the numbers they are given: [T, B, ensembles] both."""
+        return _Ensembles.apply(
+            represented, self.scaled_encoders, self.bias, self.decoders, self.initial_voltage, self.neuron
+        )
+
+
+def solve_decoders(scaled_encoders: Tensor, bias: Tensor, neuron: Neuron, points: int = 51) -> Tensor:
+    """[ensembles, neurons]: regularised least squares for decoding the represented number in [-1, 1] from the
+    neurons' rates, as nengo's LstsqL2 (reg 0.1)."""
+    x = torch.linspace(-1.0, 1.0, points, dtype=torch.float64)
+    decoders = torch.empty_like(scaled_encoders)
+    pieces = max(1, _CHUNK_VALUES // (points * scaled_encoders.shape[1]))
+    for start in range(0, len(decoders), pieces):
+        part = slice(start, start + pieces)
+        current = scaled_encoders[part, None].double() * x[:, None] + bias[part, None].double()  # [e, points, n]
+        rates = _steady_rate(current, neuron)
+        sigma = 0.1 * rates.amax((1, 2), keepdim=True).clamp(min=1e-9)
+        gram = rates.mT @ rates + points * sigma.square() * torch.eye(rates.shape[2], dtype=torch.float64)
+        solved = torch.linalg.solve(gram, rates.mT @ x[:, None])
+        decoders[part] = solved[..., 0].to(decoders.dtype)
+    return decoders
+
+
+def _steady_rate(current: Tensor, neuron: Neuron) -> Tensor:
+    """Output without noise: a rate neuron's; a spiking one's, averaged over a second."""
+    if type(neuron).__name__ != "Izhikevich":
+        rate = rate_counterpart(neuron)
+        return rate.step(current, rate.initial_state(current), DT)[0]
+    state, total = neuron.initial_state(current), torch.zeros_like(current)
+    for _ in range(1000):
+        spikes, state = neuron.step(current, state, DT)
+        total += spikes
+    return total / 1000
+
+
+class _Ensembles(torch.autograd.Function):
+    """All time steps of all ensembles, a piece of the ensembles at a time.
+
+    The backward pass keeps nothing of the neurons: nothing flows back from the outputs into the numbers
+    represented, so all gradients are known at once, and the simulation is run again, forward in time.
+    """
+
+    @staticmethod
+    def forward(
+        ctx, represented: Tensor, encoders: Tensor, bias: Tensor, decoders: Tensor, voltage: Tensor, neuron: Neuron
+    ) -> Tensor:
+        ctx.save_for_backward(represented, encoders, bias, decoders, voltage)
+        ctx.neuron = neuron
+        decoded = torch.empty_like(represented)
+        for part in _pieces(represented, encoders):
+            for step, _, output in _simulate(represented[..., part], encoders[part], bias[part], voltage[part], neuron):
+                decoded[step][:, part] = torch.einsum("ben,en->be", output, decoders[part])
+        return decoded
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_decoded: Tensor):
+        represented, encoders, bias, decoders, voltage = ctx.saved_tensors
+        grad_represented = torch.empty_like(represented)
+        grad_encoders, grad_bias, grad_decoders = (torch.zeros_like(value) for value in (encoders, bias, decoders))
+        for part in _pieces(represented, encoders):
+            x = represented[..., part]
+            layer = (encoders[part], bias[part], voltage[part], ctx.neuron)
+            for step, gradient, output in _simulate(x, *layer, gradients=True):
+                grad = grad_decoded[step][:, part]  # [B, e]
+                grad_decoders[part] += torch.einsum("be,ben->en", grad, output)
+                grad_current = gradient.mul_(decoders[part]).mul_(grad[..., None])  # [B, e, n]
+                grad_bias[part] += grad_current.sum(0)
+                grad_encoders[part] += torch.einsum("ben,be->en", grad_current, x[step])
+                grad_represented[step][:, part] = torch.einsum("ben,en->be", grad_current, encoders[part])
+        return grad_represented, grad_encoders, grad_bias, grad_decoders, None, None
+
+
+def _pieces(represented: Tensor, encoders: Tensor) -> list[slice]:
+    ensembles = max(1, _CHUNK_VALUES // (represented.shape[1] * encoders.shape[1]))
+    return [slice(start, start + ensembles) for start in range(0, len(encoders), ensembles)]
+
+
+def _simulate(x: Tensor, encoders: Tensor, bias: Tensor, voltage: Tensor, neuron: Neuron, gradients: bool = False):
+    """Yields (step, d rate / d current if asked for, output), the latter two [B, e, n], for x [T, B, e]."""
+    state = None
+    for step in range(len(x)):
+        current = torch.addcmul(bias, x[step][..., None], encoders)  # [B, e, n]
+        if state is None:
+            state = neuron.initial_state(current, voltage)
+        gradient = neuron.rate_gradient(current, state) if gradients else None
+        output, state = neuron.step(current, state, DT)
+        yield step, gradient, output

@@ -1,0 +1,151 @@
+"""Legendre Memory Unit (Voelker, Kajic & Eliasmith, NeurIPS 2019), rate-based and spiking."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from models.heads.neurons import DT, FireStep, Neuron
+from models.heads.synapse import Lowpass
+
+# Hz a unit of a spiking neuron's input: how finely spikes tell a value from another. At 1 ms a step, an input of 1
+# gives a spike every four steps, each of height 4.
+RATE_HZ = 250.0
+
+
+def legendre_system(order: int, theta: float) -> tuple[Tensor, Tensor]:
+    """(A [order, order], B [order]) of m_t = A m_{t-1} + B u_t, float64: the memory's continuous system
+
+        a_ij = (2i + 1) / theta * (-1 if i < j else (-1)^(i - j + 1)),   b_i = (2i + 1) (-1)^i / theta
+
+    discretised by zero-order hold with a step of 1. theta: the window in steps.
+    """
+    i = torch.arange(order, dtype=torch.float64)
+    rise = (2.0 * i + 1.0) / theta
+    sign = torch.where(i[:, None] < i[None, :], -1.0, (-1.0) ** (i[:, None] - i[None, :] + 1.0))
+    a, b = rise[:, None] * sign, rise * (-1.0) ** i
+    whole = torch.zeros(order + 1, order + 1, dtype=torch.float64)  # exp of [[a, b], [0, 0]] holds both at once
+    whole[:order, :order], whole[:order, order] = a, b
+    whole = torch.linalg.matrix_exp(whole)
+    return whole[:order, :order], whole[:order, order]
+
+
+class LMU(nn.Module):
+    """A layer of Legendre memories and of hidden units that read them.
+
+        u_t = [x_t, h_{t-1}] E + m_{t-1} R           memory_encoders, memory_recurrent
+        m_t = A m_{t-1} + B u_t                      for each of `memory` dimensions, `order` numbers
+        h_t = f([m_t, x_t] K + h_{t-1} H)            hidden_kernel, hidden_recurrent
+
+    forward: x [T, B, inputs] -> h [T, B, units]. f: tanh, or with `neuron` that neuron's output at J =
+    RATE_HZ times its argument, divided by RATE_HZ. theta: the memory's window in steps.
+
+    feedback: whether h and m feed back into u, as published. Without it (Chilkuri & Eliasmith, ICML 2021) E
+    sees x alone and m is a convolution of u: all steps at once, the parallel form. recurrent: whether h feeds
+    back into h. train_system: train A and B too. parallel: take the parallel form where there is no
+    feedback; False goes step by step, to the same numbers.
+    """
+
+    def __init__(
+        self, inputs: int, units: int, order: int, theta: float, memory: int = 1, neuron: Neuron | None = None,
+        feedback: bool = True, recurrent: bool = True, train_system: bool = False, parallel: bool = True,
+    ):  # fmt: skip
+        super().__init__()
+        self.units, self.memory, self.order = units, memory, order
+        self.neuron, self.parallel = neuron, parallel
+        a, b = (value.to(torch.get_default_dtype()) for value in legendre_system(order, theta))
+        for name, value in (("A", a), ("B", b)):
+            if train_system:
+                setattr(self, name, nn.Parameter(value))
+            else:
+                self.register_buffer(name, value)
+
+        def weights(rows: int, columns: int) -> nn.Parameter:
+            return nn.Parameter(torch.randn(rows, columns) / math.sqrt(rows))
+
+        self.memory_encoders = weights(inputs + (units if feedback else 0), memory)
+        self.memory_recurrent = nn.Parameter(torch.zeros(memory * order, memory)) if feedback else None
+        self.hidden_kernel = weights(memory * order + inputs, units)
+        self.hidden_recurrent = nn.Parameter(torch.linalg.qr(torch.randn(units, units))[0]) if recurrent else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.memory_recurrent is None and self.parallel:
+            memories = self._convolved(x @ self.memory_encoders)  # [T, B, memory * order]
+            driven = torch.cat([memories, x], dim=-1) @ self.hidden_kernel  # [T, B, units]
+            if self.hidden_recurrent is None and self.neuron is None:
+                return torch.tanh(driven)
+        else:
+            driven = None
+        m, h, state = x.new_zeros(x.shape[1], self.memory * self.order), x.new_zeros(x.shape[1], self.units), None
+        hidden = []
+        for step in range(len(x)):
+            if driven is None:
+                m = self._remember(x[step], m, h)
+                argument = torch.cat([m, x[step]], dim=-1) @ self.hidden_kernel
+            else:
+                argument = driven[step]
+            if self.hidden_recurrent is not None:
+                argument = argument + h @ self.hidden_recurrent
+            h, state = self._fire(argument, state)
+            hidden.append(h)
+        return torch.stack(hidden)
+
+    def _remember(self, x: Tensor, m: Tensor, h: Tensor) -> Tensor:
+        """m_t [B, memory * order] of one step."""
+        if self.memory_recurrent is None:
+            u = x @ self.memory_encoders
+        else:
+            u = torch.cat([x, h], dim=-1) @ self.memory_encoders + m @ self.memory_recurrent
+        m = m.unflatten(-1, (self.memory, self.order)) @ self.A.T + u[..., None] * self.B
+        return m.flatten(-2)
+
+    def _convolved(self, u: Tensor) -> Tensor:
+        """m [T, B, memory * order] of all steps at once from u [T, B, memory]: m_t = sum over k of A^k B u_{t-k}."""
+        steps = len(u)
+        response = [self.B]
+        while len(response) < steps:  # doubling: A^n applied to what is there
+            power = torch.linalg.matrix_power(self.A, len(response))
+            response += list((torch.stack(response) @ power.T)[: steps - len(response)])
+        response = torch.stack(response)  # [T, order]
+        # By Fourier transform, padded so that the end does not wrap into the beginning.
+        length = 2 * steps
+        spectrum = torch.fft.rfft(u, length, dim=0)[..., None] * torch.fft.rfft(response, length, dim=0)[:, None, None]
+        return torch.fft.irfft(spectrum, length, dim=0)[:steps].flatten(-2)
+
+    def _fire(self, argument: Tensor, state: tuple[Tensor, ...] | None) -> tuple[Tensor, tuple[Tensor, ...] | None]:
+        if self.neuron is None:
+            return torch.tanh(argument), None
+        current = argument * RATE_HZ
+        if state is None:
+            state = self.neuron.initial_state(current)
+        output, *state = FireStep.apply(current, self.neuron, DT, *state)
+        return output / RATE_HZ, tuple(state)
+
+
+class LMUHead(nn.Module):
+    """Features [T, B, inputs] -> logits [T, B, classes]: an LMU and a linear readout; with a spiking neuron the
+    readout sees spikes through a Lowpass synapse.
+
+    neuron: None is the rate-based LMU (tanh). It may be exchanged between calls.
+    """
+
+    def __init__(
+        self, inputs: int, classes: int, units: int = 800, order: int = 2, theta: float = 28.0, memory: int = 1,
+        neuron: Neuron | None = None, synapse_seconds: float = 0.005,
+        feedback: bool = True, train_system: bool = False,
+    ):  # fmt: skip
+        super().__init__()
+        self.lmu = LMU(inputs, units, order, theta, memory, neuron, feedback, feedback, train_system)
+        self.synapse = Lowpass(synapse_seconds if neuron is not None else 0.0)
+        self.readout = nn.Linear(units, classes)
+
+    @property
+    def neuron(self) -> Neuron | None:
+        return self.lmu.neuron
+
+    @neuron.setter
+    def neuron(self, neuron: Neuron | None) -> None:
+        self.lmu.neuron = neuron
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.readout(self.synapse(self.lmu(features)))

@@ -1,0 +1,116 @@
+"""Compiles the Triton kernels for an H100 without one and prints what each needs.
+
+    python -m tests.helpers.compile_kernels 3 15
+
+A line of JSON for each launch: kernel, registers a thread, bytes spilled to memory. Launches are
+stopped after compilation: nothing is computed.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+from dataset import residual_kernel
+from models.kernels import operators, packing
+from models.kernels.parameters import LIFParameters
+
+TARGET = GPUTarget("cuda", 90, 32)
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+
+
+class _Driver:
+    """As much of a driver as compilation asks for."""
+
+    def get_current_target(self):
+        return TARGET
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+    def get_device_capability(self, device=0):
+        return 9, 0
+
+
+def compile_only() -> list[dict]:
+    """From here on launches compile and are listed, not run."""
+    triton.runtime.driver.set_active(_Driver())
+    compiled, run = [], JITFunction.run
+
+    def compiling(self, *args, grid, warmup, **kwargs):
+        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        compiled.append({"kernel": self.__name__, **resources(kernel.asm["cubin"]), "ptx": kernel.asm["ptx"]})
+        return kernel
+
+    JITFunction.run = compiling
+    return compiled
+
+
+def resources(cubin: bytes) -> dict:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        out = subprocess.run([CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    return {"registers": int(re.search(r"REG:(\d+)", out)[1]), "spilled_bytes": int(re.search(r"STACK:(\d+)", out)[1])}
+
+
+def channels_last(x: torch.Tensor) -> torch.Tensor:
+    return x.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
+
+
+def launch_all(steps: int, dtype: torch.dtype, layout, p: LIFParameters) -> None:
+    x = layout(torch.zeros(steps, 1, 64, 4, 4, dtype=dtype))
+    row = torch.ones(steps, 64)
+    weight = torch.ones(64)
+    neuron = p.as_arguments()
+    operators.lif(x, None, False, *neuron)
+    operators.lif_backward(x, None, x, None, False, *neuron)
+    operators.moments(x)
+    layer = (x, row, row, weight, weight)
+    for residual, keep_sum, fire in ((None, False, True), (x, True, True), (x, True, False)):
+        operators.batch_norm(*layer, residual, None, None, True, keep_sum, fire, False, *neuron)
+        total = x if keep_sum and fire else None
+        grads = (x if keep_sum else None, x if fire else None, None)
+        operators.batch_norm_backward_sums(*layer, total, None, *grads, False, fire, *neuron)
+        if not keep_sum or not fire:
+            operators.batch_norm_backward_input(*layer, None, *grads, row, row, fire, *neuron)
+
+
+def launch_others(dtype: torch.dtype) -> None:
+    """Spikes as bits, the split of clips, and neurons of other kinds with a state before and after."""
+    spikes = channels_last(torch.zeros(3, 2, 64, 4, 4, dtype=dtype))
+    packed = torch.zeros(spikes.numel() // 8, dtype=torch.uint8)
+    packing._pack_kernel[(1,)](spikes, packed, spikes.numel(), BYTES=512, num_warps=4)
+    packing._unpack_kernel[(1,)](packed, spikes, spikes.numel(), BYTES=512, num_warps=4)
+    residual_kernel.split(torch.zeros(1, 2, 4, 8, 8, 3, dtype=torch.uint8), (1.0, 2.0, 3.0), (0.1, 0.2, 0.3), dtype)
+    row, weight = torch.ones(3, 64), torch.ones(64)
+    layer, v = (spikes, row, row, weight, weight), torch.zeros(spikes.shape[1:])
+    for surrogate, v_reset in (("sigmoid", None), ("triangle", -0.3)):
+        neuron = LIFParameters(surrogate=surrogate, v_reset=v_reset, detach_reset=False).as_arguments()
+        operators.lif(spikes, v, True, *neuron)
+        operators.lif_backward(spikes, v, spikes, v, True, *neuron)
+        operators.batch_norm(*layer, None, v, None, True, False, True, True, *neuron)
+        operators.batch_norm_backward_sums(*layer, None, v, None, spikes, v, True, True, *neuron)
+
+
+if __name__ == "__main__":
+    compiled = compile_only()
+    for steps in [int(word) for word in sys.argv[1:]] or [3]:
+        for dtype, layout in ((torch.bfloat16, channels_last), (torch.float32, lambda x: x)):
+            del compiled[:]
+            launch_all(steps, dtype, layout, LIFParameters())
+            if steps == 3:
+                launch_others(dtype)
+            for kernel in compiled:
+                loads = re.findall(r"ld\.global\S*", kernel.pop("ptx"))
+                print(json.dumps({"steps": steps, "dtype": str(dtype), **kernel, "loads": sorted(set(loads))}))

@@ -1,0 +1,199 @@
+"""Batch norm with residual and LIF in one pass, against the definitions: in Triton's interpreter, on a GPU natively."""
+
+import itertools
+
+import pytest
+import torch
+
+from models.kernels import operators
+from models.kernels.parameters import LIFParameters
+from models.kernels.reference import batch_norm_definition, lif_definition
+from models.neurons import LIF
+from models.spiking_resnet import StepBatchNorm2d
+from tests.models.kernels.test_lif_kernels import DEVICE, DTYPES, assert_close, channels_last, random
+
+pytestmark = pytest.mark.kernels
+EPS = 1e-5
+# What is behind the batch norm: (residual, sum kept, neurons)
+PATTERNS = {
+    "neurons": (False, False, True), "residual and neurons": (True, True, True),
+    "neurons, sum kept": (False, True, True), "residual": (True, True, False), "nothing": (False, True, False),
+}  # fmt: skip
+
+
+def fused(x, weight, bias, residual, merged, keep_sum, fire, p, v0=None):
+    with torch.no_grad():
+        mean, variance = operators.moments(x.flatten(0, 1)[None] if merged else x)
+    how = (None, True, keep_sum, fire, fire, *p.as_arguments())
+    return operators.batch_norm(x, mean, torch.rsqrt(variance + EPS), weight, bias, residual, v0, *how)
+
+
+def defined(x, weight, bias, residual, merged, keep_sum, fire, p, v0=None):
+    total = batch_norm_definition(x, weight, bias, residual, EPS, merged)
+    # Where the sum is not kept the neuron sees it before it is rounded.
+    seen = total if keep_sum else batch_norm_definition(x.to(weight.dtype), weight, bias, None, EPS, merged)
+    spikes, v = lif_definition(seen, p, v0)
+    return total, spikes.to(x.dtype), v
+
+
+def run(function, inputs, merged, keep_sum, fire, p, gradients):
+    """(sum, spikes, membrane, gradients of x, weight, bias, residual, v0); None for what there is not."""
+    inputs = [None if value is None else value.detach().requires_grad_() for value in inputs]
+    *layer, v0 = inputs
+    outputs = function(*layer, merged, keep_sum, fire, p, v0)
+    asked = [(out, grad) for out, grad, on in zip(outputs, gradients, (keep_sum, fire, fire), strict=True) if on]
+    torch.autograd.backward([out for out, _ in asked], [grad.to(out.dtype) for out, grad in asked])
+    kept = [out.detach() if on else None for out, on in zip(outputs, (keep_sum, fire, fire), strict=True)]
+    return kept + [None if value is None else value.grad for value in inputs]
+
+
+def make(shape, dtype, layout, residual):
+    statistics = torch.float64 if dtype == torch.float64 else torch.float32
+    x = random(shape, dtype, layout, scale=2.0) + 0.5
+    weight, bias = random((shape[2],), statistics) * 0.3 + 1.5, random((shape[2],), statistics)
+    return x, weight, bias, random(shape, dtype, layout) if residual else None
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("layout", ["contiguous", "channels last"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_agrees_with_the_definition(dtype, layout, pattern):
+    residual, keep_sum, fire = PATTERNS[pattern]
+    resets = itertools.cycle([(0.0, True), (-0.3, False), (None, False)])
+    for steps in (1, 3, 7, 16) if fire else (1, 3):
+        merged = (steps in (3, 16)) == (layout == "contiguous")
+        v_reset, detach = next(resets)
+        p = LIFParameters(v_reset=v_reset, detach_reset=detach)
+        shape = (steps, 2, 3, 3, 7)
+        inputs = *make(shape, dtype, layout, residual), random(shape[1:], torch.float32) if fire and steps > 1 else None
+        other = "contiguous" if layout == "channels last" else "strided"
+        gradients = random(shape, dtype, other), random(shape, dtype, other), random(shape[1:], torch.float32)
+        want = run(defined, inputs, merged, keep_sum, fire, p, gradients)
+        got = run(fused, inputs, merged, keep_sum, fire, p, gradients)
+        if fire:
+            differ = got[1] != want[1]
+            # Rounded to half precision, a sum next to the threshold may fall on either side of it.
+            assert differ.sum() <= (0 if dtype in (torch.float64, torch.float32) else 2 * steps)
+            if differ.any():
+                continue
+        for g, w in zip(got, want, strict=True):
+            assert (g is None) == (w is None)
+            if g is not None:
+                assert_close(g, w.to(g.dtype), dtype)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels last"])
+@pytest.mark.parametrize("shape", [(3, 2, 70, 5, 9), (2, 1, 3, 50, 50), (2, 3, 1, 4, 4), (33, 1, 4, 2, 2)], ids=str)
+def test_odd_sizes(shape, layout):
+    """More channels than a tile has, several tiles with a rest, one channel, more steps than registers hold."""
+    norm = StepBatchNorm2d(shape[2], backend="triton").double().to(DEVICE).train()
+    neurons = LIF(backend="triton")
+    x, weight, bias, residual = make(shape, torch.float64, layout, True)
+    gradients = random(shape, torch.float64), random(shape, torch.float64)
+    with torch.no_grad():
+        norm.weight.copy_(weight)
+        norm.bias.copy_(bias)
+    results = []
+    for function in (
+        lambda x, r: norm(x, r, neurons),
+        lambda x, r: defined(x, weight, bias, r, False, True, True, neurons.parameters_)[:2],
+    ):
+        a, b = x.detach().requires_grad_(), residual.detach().requires_grad_()
+        total, spikes = function(a, b)
+        torch.autograd.backward([total, spikes], gradients)
+        results.append((total.detach(), spikes.detach(), a.grad, b.grad))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-10, atol=1e-11)
+
+
+def test_statistics_far_from_zero():
+    """A mean 10,000 deviations away leaves the variance as it is: nothing is taken off a mean of squares."""
+    x = (random((2, 4, 5, 9, 9), torch.float64) + 1e4).float()
+    mean, variance = operators.moments(channels_last(x))
+    torch.testing.assert_close(mean.double(), x.double().mean((1, 3, 4)), rtol=1e-6, atol=0)
+    torch.testing.assert_close(variance.double(), x.double().var((1, 3, 4), correction=0), rtol=2e-3, atol=0)
+
+
+@pytest.mark.parametrize("mode", ["per-step", "merged"])
+def test_running_statistics_are_those_of_the_plain_module(mode):
+    x = random((3, 2, 5, 4, 6), torch.float64)
+    norms = [StepBatchNorm2d(5, mode, backend).double().to(DEVICE).train() for backend in ("triton", "reference")]
+    for norm in norms:
+        norm(x)
+    for name, value in norms[0].named_buffers():
+        torch.testing.assert_close(value, norms[1].get_buffer(name), rtol=1e-12, atol=0)
+
+
+def test_evaluation_with_gradients():
+    """Fixed statistics are no function of x."""
+    x = random((3, 2, 5, 4, 6), torch.float64, "channels last")
+    weights = random(x.shape, torch.float64)
+    results = []
+    for backend in ("triton", "reference"):
+        norm = StepBatchNorm2d(5, backend=backend).double().to(DEVICE).eval()
+        norm.running_mean += 0.3
+        inputs = x.detach().requires_grad_()
+        _, spikes = norm(inputs, following=LIF(backend=backend), keep_sum=False)
+        results.append(torch.autograd.grad(spikes, [inputs, norm.weight, norm.bias], weights))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-11, atol=1e-12)
+
+
+def test_operators_are_well_formed():
+    neuron = LIFParameters().as_arguments()
+    x, weight, bias, residual = make((3, 2, 5, 4, 4), torch.float32, "channels last", True)
+    mean, variance = operators.moments(x)
+    layer = (x, mean, torch.rsqrt(variance + EPS), weight, bias)
+    torch.library.opcheck(operators.moments, (x,))
+    differentiable = [value.detach().requires_grad_() for value in (x, weight, bias, residual)]
+    x_, weight_, bias_, residual_ = differentiable
+    for pattern in ((residual_, None, None, True, True, True, True), (None, None, None, True, False, True, False)):
+        torch.library.opcheck(operators.batch_norm, (x_, mean, layer[2], weight_, bias_, *pattern, *neuron))
+    torch.library.opcheck(operators.batch_norm_backward_sums, (*layer, x, None, x, x, None, False, True, *neuron))
+    factors = torch.ones_like(mean), torch.ones_like(mean)
+    torch.library.opcheck(operators.batch_norm_backward_input, (*layer, None, None, x, None, *factors, True, *neuron))
+
+
+def test_compiles_without_a_graph_break():
+    x = random((3, 2, 5, 4, 6), torch.float32, "channels last").requires_grad_()
+    residual, weights = random(x.shape, torch.float32, "channels last"), random(x.shape, torch.float32)
+    results = []
+    for compile_it in (False, True):
+        norm, neurons = StepBatchNorm2d(5, backend="triton").to(DEVICE).train(), LIF(backend="triton")
+        function = torch.compile(norm, fullgraph=True, backend="aot_eager") if compile_it else norm
+        total, spikes = function(x, residual, neurons)
+        results.append((total, spikes, *torch.autograd.grad([total, spikes], x, [weights, weights]), norm.running_var))
+    for plain, compiled in zip(*results, strict=True):
+        torch.testing.assert_close(compiled, plain, rtol=1e-6, atol=1e-6)
+
+
+def test_what_is_not_asked_for_is_not_lost():
+    """A residual before neurons whose sum nobody keeps: the module keeps it for the backward pass, the operator
+    refuses to go without."""
+    x, weight, bias, residual = make((3, 2, 3, 4, 4), torch.float64, "channels last", True)
+    results = []
+    for backend in ("triton", "reference"):
+        norm = StepBatchNorm2d(3, backend=backend).double().to(DEVICE).train()
+        inputs = [value.detach().requires_grad_() for value in (x, residual)]
+        total, spikes = norm(*inputs, LIF(backend=backend), keep_sum=False)
+        assert total is None
+        results.append(torch.autograd.grad(spikes, [*inputs, norm.weight], x))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-10, atol=1e-11)
+    with pytest.raises(ValueError, match="keep_sum"):
+        fused(x, weight, bias, residual, False, False, True, LIFParameters())
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+def test_one_value_a_channel_cannot_be_normalised(backend):
+    norm = StepBatchNorm2d(3, backend=backend).to(DEVICE).train()
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        norm(torch.zeros(2, 1, 3, 1, 1, device=DEVICE))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_half_precision_sums_are_those_the_neuron_sees(dtype):
+    """Forward and backward pass decide on the same number: the sum as it is kept, rounded."""
+    x, weight, bias, residual = make((1, 4, 8, 4, 4), dtype, "channels last", True)
+    p = LIFParameters(tau=1.0)  # h is the sum
+    x.requires_grad_()
+    total, spikes, v = fused(x, weight, bias, residual, False, True, True, p)
+    assert torch.equal(spikes.bool(), total >= 1.0)
+    assert_close(v, torch.where(total >= 1.0, 0.0, total).to(v.dtype)[0], dtype)

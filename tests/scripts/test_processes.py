@@ -1,0 +1,39 @@
+"""Several processes give what one gives: gradients and counts."""
+
+import pytest
+import torch
+
+from tests.helpers.script import finish, start_python
+
+HELPER = "tests/helpers/processes.py"
+
+
+@pytest.fixture(scope="module")
+def computed(tiny_demo, tmp_path_factory) -> dict[int, dict]:
+    """What 1, 2 and 3 processes computed."""
+    results = {}
+    for processes in (1, 2, 3):
+        out = tmp_path_factory.mktemp("computed") / "results.pt"
+        finish(start_python([HELPER, "compute", str(tiny_demo[0]), str(out)], processes))
+        results[processes] = torch.load(out)
+    return results
+
+
+@pytest.mark.parametrize("case", ["fixed", "per-step", "merged", "accumulated", "empty batch", "fused"])
+def test_gradients_of_two_processes_are_those_of_the_doubled_batch(computed, case):
+    """In float64, with batch norm in evaluation mode or synchronised; with two batches a step too, also where one
+    process has nothing to train on in the second."""
+    # (Two batches a step in two processes are one batch four times as large.)
+    whole, parts = computed[1]["fixed" if case == "accumulated" else case], computed[2][case]
+    largest = max(gradient.abs().max() for gradient in whole["gradients"].values())
+    assert largest > 1e-3
+    for kind in ("gradients", "buffers"):
+        for name, want in whole[kind].items():
+            torch.testing.assert_close(parts[kind][name], want, rtol=1e-9, atol=1e-9 * float(largest), msg=name)
+
+
+def test_counts_do_not_depend_on_the_number_of_processes(computed):
+    assert computed[1]["counts"] == computed[2]["counts"] == computed[3]["counts"]
+    seven, many = computed[1]["counts"]
+    assert (seven["videos"], seven["clips"], many["videos"], many["clips"]) == (7, 14, 101, 202)
+    assert 0 < many["video_top1"] < 101 and many["video_top1"] < many["video_top5"]

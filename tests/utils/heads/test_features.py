@@ -1,0 +1,344 @@
+import errno
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+from torch import nn
+
+import dataset.video
+import utils.heads.features
+from dataset.clips import eval_clips
+from dataset.frame_sampling import SegmentSampling
+from dataset.residual import IMAGENET_MEAN, IMAGENET_STD
+from dataset.transforms import eval_transforms
+from dataset.video import VideoDataset
+from models.heads.cnn import FrameCNN, weights_digest
+from tests.helpers.processes import table
+from utils.errors import UserError
+from utils.heads.features import Features, cached_features
+
+CPU = torch.device("cpu")
+SAMPLING = SegmentSampling(4, views=2)
+VIDEOS = 5
+
+
+class Colours(nn.Module):
+    """A stand-in for the CNN: five mixtures of the mean colours of each half. Fails at batch `fails_at`."""
+
+    def __init__(self, seed: int = 0, fails_at: int | None = None):
+        super().__init__()
+        self.mix = nn.Linear(6, 5)
+        generator = torch.Generator().manual_seed(seed)
+        for value in self.parameters():
+            nn.init.normal_(value, generator=generator)
+        self.fails_at = fails_at
+        self.frames: list[int] = []  # of each batch
+
+    def forward(self, frames):
+        if len(frames) > 1:  # one is only asked for the number of features
+            if len(self.frames) + 1 == self.fails_at:
+                raise KeyboardInterrupt
+            self.frames.append(len(frames))
+        return self.mix(frames.unflatten(2, (2, -1)).mean((3, 4)).flatten(1))
+
+
+@pytest.fixture(autouse=True)
+def no_waiting(monkeypatch):
+    monkeypatch.setattr(dataset.video, "RETRY_SECONDS", (0.0, 0.0))
+
+
+@pytest.fixture
+def folder(tiny_demo, tmp_path) -> Path:
+    """Videos of one's own, to be changed."""
+    own = tmp_path / "videos" / "class"
+    own.mkdir(parents=True)
+    for video in sorted(Path(tiny_demo[0]).glob("*/*.avi"))[: 2 * VIDEOS : 2]:
+        shutil.copy(video, own)
+    return tmp_path
+
+
+@pytest.fixture
+def videos(folder):
+    return table(str(folder / "videos"), VIDEOS)
+
+
+def features(folder, videos, network=None, sampling=SAMPLING, description=None, batch_size=3, **more) -> Features:
+    settings = dict(device=CPU, workers=0, size=32, pin=False, may_build=True) | more
+    return cached_features(
+        folder / "cache" / "features.npy", folder / "cache" / "labels.npy", videos, sampling, network or Colours(),
+        description or {"backbone": "colours"}, batch_size=batch_size, **settings,
+    )  # fmt: skip
+
+
+def no_decoding(monkeypatch):
+    def fail(*_):
+        raise AssertionError("decoded although the features are cached")
+
+    monkeypatch.setattr(dataset.video, "decode_frames", fail)
+
+
+def test_values_are_those_of_the_network(folder, videos):
+    network = Colours()
+    found = features(folder, videos, network)
+    assert isinstance(found.data, numpy.memmap) and found.data.dtype == numpy.float32
+    assert found.data.shape == (2 * VIDEOS, 4, 5)
+    assert found.labels.dtype == found.videos.dtype == numpy.int64
+    assert found.videos.tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
+    assert found.labels.tolist() == videos.labels[found.videos].tolist()
+    data = VideoDataset(videos, eval_clips(videos, SAMPLING), SAMPLING, eval_transforms(32, 37), 0)
+    mean, std = torch.tensor(IMAGENET_MEAN).view(3, 1, 1), torch.tensor(IMAGENET_STD).view(3, 1, 1)
+    for index in range(len(data)):
+        clip, label, video = data[0, index]
+        with torch.no_grad():
+            want = network((clip / 255 - mean) / std)
+        torch.testing.assert_close(torch.from_numpy(found.data[index].copy()), want)
+        assert (label, video) == (found.labels[index], found.videos[index])
+    assert not numpy.array_equal(found.data[0], found.data[1])  # two views, two sets of frames
+
+
+def test_built_once(folder, videos, monkeypatch):
+    first = features(folder, videos, workers=1)
+    assert sorted(file.name for file in (folder / "cache").iterdir()) == [
+        "features.npy", "features.npy.json", "labels.npy"
+    ]  # fmt: skip
+    assert numpy.load(folder / "cache" / "labels.npy", allow_pickle=False).tolist() == first.labels.tolist()
+    no_decoding(monkeypatch)
+    network = Colours()
+    for may_build in (True, False):
+        again = features(folder, videos, network, batch_size=4, may_build=may_build, shuffle=True)
+        assert numpy.array_equal(again.data, first.data) and again.labels.tolist() == first.labels.tolist()
+    assert network.frames == []
+
+
+def test_an_interrupted_build_goes_on(folder, videos, capsys):
+    want = features(folder / "whole", videos).data
+    broken = Colours(fails_at=3)
+    with pytest.raises(KeyboardInterrupt):
+        features(folder, videos, broken)
+    assert broken.frames == [12, 12] and not (folder / "cache" / "features.npy").exists()
+    network = Colours()
+    assert numpy.array_equal(features(folder, videos, network).data, want)
+    assert network.frames == [12, 4]
+    assert "6 of 10 clips are done" in capsys.readouterr().out
+
+
+def test_what_was_cut_off_or_made_of_something_else_is_not_gone_on_with(folder, videos):
+    want = features(folder / "whole", videos).data
+    part = folder / "cache" / ".features.npy.part.npy"
+    for seed, spoil in ((1, lambda: None), (0, part.unlink), (0, lambda: os.truncate(part, 300))):
+        with pytest.raises(KeyboardInterrupt):
+            features(folder, videos, Colours(seed, fails_at=3))
+        spoil()
+        network = Colours()
+        assert numpy.array_equal(features(folder, videos, network).data, want)
+        assert network.frames == [12, 12, 12, 4]
+        shutil.rmtree(folder / "cache")
+
+
+def test_a_finished_part_is_not_computed_again(folder, videos, monkeypatch):
+    """The end may come between the last clip and the renaming."""
+    monkeypatch.setattr(utils.heads.features, "_finish", lambda *_: None)
+    with pytest.raises(UserError, match="No such file"):
+        features(folder, videos)
+    monkeypatch.undo()
+    no_decoding(monkeypatch)
+    assert numpy.abs(features(folder, videos).data).min() > 0
+
+
+def touch(folder):
+    os.utime(next((folder / "videos").glob("*/*.avi")), ns=(1, 1))
+
+
+def rewrite(folder):
+    first, second = sorted((folder / "videos").glob("*/*.avi"))[:2]
+    shutil.copy(second, first)
+
+
+def truncate(folder):
+    os.truncate(folder / "cache" / "features.npy", 300)
+
+
+def cut_off_the_description(folder):
+    os.truncate(folder / "cache" / "features.npy.json", 100)
+
+
+def flip_a_bit(name):
+    def flip(folder):
+        file = folder / "cache" / name
+        content = bytearray(file.read_bytes())
+        content[-7] ^= 1
+        file.write_bytes(content)
+
+    return flip
+
+
+@pytest.mark.parametrize(
+    ("spoil", "changed", "message"),
+    [
+        (touch, {}, "made with other videos"),
+        (rewrite, {}, "made with other videos"),
+        (None, {"network": Colours(1)}, "made with other CNN weights"),
+        (None, {"sampling": SegmentSampling(4, views=1)}, "made with other sampling"),
+        (None, {"size": 28}, "made with other frame size"),
+        (None, {"description": {"backbone": "greys"}}, "made with other description"),
+        (truncate, {}, "damaged: expected 928 bytes, found 300"),
+        (flip_a_bit("features.npy"), {}, "damaged: its checksum differs"),
+        (cut_off_the_description, {}, "not a readable description"),
+    ],
+)
+def test_what_changed_is_named_and_built_again(folder, videos, capsys, spoil, changed, message):
+    before = features(folder, videos).data.copy()
+    if spoil:
+        spoil(folder)
+    capsys.readouterr()
+    with pytest.raises(UserError, match=f"features.npy.*{message}.*import_CNN_forward_data") as caught:
+        features(folder, videos, may_build=False, **changed)
+    assert "\n" not in str(caught.value)
+    network = changed.get("network") or Colours()
+    after = features(folder, videos, **{**changed, "network": network})
+    assert message in capsys.readouterr().out and network.frames
+    assert changed or spoil is rewrite or numpy.array_equal(after.data, before)
+    assert spoil is not rewrite or not numpy.array_equal(after.data, before)
+    features(folder, videos, may_build=False, **{**changed, "network": network})
+
+
+def test_labels_alone_are_written_again(folder, videos, monkeypatch):
+    features(folder, videos)
+    no_decoding(monkeypatch)
+    labels = folder / "cache" / "labels.npy"
+    content = labels.read_bytes()
+    for spoil, message in ((flip_a_bit("labels.npy"), "checksum"), (lambda _: labels.unlink(), "no such file")):
+        spoil(folder)
+        with pytest.raises(UserError, match=f"labels.npy.*{message}"):
+            features(folder, videos, may_build=False)
+        features(folder, videos)
+        assert labels.read_bytes() == content
+
+
+def test_refusals(folder, videos, monkeypatch):
+    with pytest.raises(UserError, match=r"features\.npy: no such file, but import_CNN_forward_data is true"):
+        features(folder, videos, may_build=False)
+    settings = dict(device=CPU, batch_size=2, workers=0, size=32, pin=False, may_build=True)
+    for names in (("f.pkl", "l.npy"), ("f.npy", "l.PICKLE")):
+        with pytest.raises(UserError, match=r"safe arrays now, not pickles; name a \.npy file"):
+            cached_features(*(folder / name for name in names), videos, SAMPLING, Colours(), {}, **settings)
+    with pytest.raises(UserError, match="name two files"):
+        cached_features(folder / "f.npy", folder / "f.npy", videos, SAMPLING, Colours(), {}, **settings)
+    with pytest.raises(UserError, match="found no video"):
+        features(folder, table(str(folder / "videos"), 0))
+
+
+def test_a_video_that_cannot_be_decoded_is_named(folder, videos):
+    video = Path(videos.path(2))
+    video.write_bytes(b"no video")
+    with pytest.raises(UserError, match=f"{video.name}.*mend it or take it off the list"):
+        features(folder, videos)
+    videos.frames[1] = 0  # as the index has it of a file that it could not read
+    with pytest.raises(UserError, match=f"{Path(videos.path(1)).name}: has no decodable frame"):
+        features(folder, videos)
+    assert not (folder / "cache" / "features.npy").exists()
+
+
+def test_a_loading_process_that_dies_in_one_line(folder, videos, monkeypatch):
+    monkeypatch.setattr(dataset.video, "decode_frames", lambda *_: os._exit(1))
+    with pytest.raises(UserError, match=r"a data loading process died.*fewer workers") as caught:
+        features(folder, videos, workers=1)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_full_disk_in_one_line(folder, videos, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "posix_fallocate", full)
+        with pytest.raises(UserError, match=r"features.npy: cannot be written \(No space.*make room"):
+            features(folder, videos)
+    assert not list((folder / "cache").iterdir())
+    with monkeypatch.context() as patched:
+        patched.setattr(utils.heads.features, "write_atomically", full)
+        with pytest.raises(UserError, match=r"features.npy: cannot be read or built \(No space left on device\)"):
+            features(folder, videos)
+    (folder / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be read or built"):
+        features(folder / "file", videos)
+
+
+@pytest.fixture(scope="module")
+def projected() -> FrameCNN:
+    torch.manual_seed(1)
+    return FrameCNN("resnet18", "none", projection=True)
+
+
+def test_frame_cnn_is_the_resnet_without_its_classifier(tmp_path):
+    from torchvision.models import resnet18
+
+    resnet = resnet18().eval()
+    torch.save(resnet.state_dict(), tmp_path / "resnet18.pth")
+    network = FrameCNN("resnet18", str(tmp_path / "resnet18.pth"))
+    assert network.width == 512 and not network.training
+    assert not any(value.requires_grad for value in network.parameters())
+    frames = torch.randn(2, 3, 32, 32)
+    resnet.fc = nn.Identity()
+    torch.testing.assert_close(network(frames), resnet(frames))
+    with pytest.raises(UserError, match=r"backbone must be one of resnet18.*got 'vgg16'"):
+        FrameCNN("vgg16")
+
+
+def test_widths_of_the_published_network():
+    with torch.device("meta"):
+        networks = [FrameCNN("resnet152", "none", projection) for projection in (False, True)]
+        assert [network(torch.zeros(2, 3, 64, 64)).shape for network in networks] == [(2, 2048), (2, 512)]
+    assert [network.width for network in networks] == [2048, 512]
+    layers = [networks[1].fc1, networks[1].fc2, networks[1].fc3]
+    assert [(layer.in_features, layer.out_features) for layer in layers] == [(2048, 1024), (1024, 768), (768, 512)]
+
+
+def test_projection(projected, tmp_path):
+    frames = torch.randn(2, 3, 32, 32)
+    want = projected(frames)
+    assert want.shape == (2, 512) and projected.width == 512 and projected.fc1.in_features == 512
+    own = projected.state_dict()
+    assert {name.split(".")[0] for name in own} == {"resnet", "fc1", "bn1", "fc2", "bn2", "fc3"}
+    file = tmp_path / "cnn.pth"
+    old = {f"module.{name}": value for name, value in own.items() if not name.endswith("num_batches_tracked")}
+    for content in (own, old):
+        torch.save(content, file)
+        assert torch.equal(FrameCNN("resnet18", str(file), projection=True)(frames), want)
+
+
+def test_weights_of_something_else_are_refused(projected, tmp_path):
+    own = projected.state_dict()
+    file = tmp_path / "cnn.pth"
+    without = {name: value for name, value in own.items() if name != "fc2.weight"}
+    for content, message in (
+        (without, "fc2.weight is missing"),
+        ({**own, "fc4.weight": torch.zeros(1)}, "fc4.weight does not belong to it"),
+        ({**own, "fc3.bias": torch.zeros(7)}, r"fc3.bias is \[7\] where \[512\] is wanted"),
+    ):
+        torch.save(content, file)
+        with pytest.raises(UserError, match=message) as caught:
+            FrameCNN("resnet18", str(file), projection=True)
+        assert str(file) in str(caught.value) and "\n" not in str(caught.value)
+    with pytest.raises(UserError, match="no such file"):
+        FrameCNN("resnet18", str(tmp_path / "none.pth"), projection=True)
+
+
+def test_weights_digest():
+    digests = {weights_digest(Colours(seed)) for seed in (0, 0, 1)}
+    digests.add(weights_digest(Colours().to(torch.bfloat16)))
+    digests.add(weights_digest(nn.Sequential(Colours())))
+    assert len(digests) == 4 and {len(digest) for digest in digests} == {64}
+    assert weights_digest(nn.BatchNorm2d(2)) == weights_digest(nn.BatchNorm2d(2))
+
+
+def test_a_frame_cnn_can_be_cached(folder, videos, projected):
+    found = features(folder, videos, projected, sampling=SegmentSampling(2))
+    assert found.data.shape == (VIDEOS, 2, 512)
+    manifest = json.loads((folder / "cache" / "features.npy.json").read_text())
+    assert manifest["data"]["shape"] == [VIDEOS, 2, 512]
+    assert manifest["parts"]["CNN weights"] == weights_digest(projected)

@@ -1,0 +1,278 @@
+"""What an epoch does, on a small network that is quick and smooth."""
+
+import copy
+import math
+
+import numpy
+import pytest
+import torch
+from torch import nn
+
+from dataset.batch_sampler import EvalBatchSampler, TrainBatchSampler
+from dataset.residual import key_residual_split
+from dataset.video import FailedVideo, collate
+from utils.device import choose_precision
+from utils.errors import UserError
+from utils.training.engine import NonFiniteLossError, TrainPosition, cosine_with_warmup, evaluate, train_one_epoch
+from utils.training.feed import BrokenVideos
+
+CPU = torch.device("cpu")
+
+
+class Videos:
+    def path(self, video):
+        return f"video{video}.avi"
+
+    def __len__(self):
+        return 19
+
+
+class Clips(torch.utils.data.Dataset):
+    """19 clips of noise whose label shows in their brightness; those in `unreadable` fail."""
+
+    def __init__(self, clips=19, unreadable=()):
+        generator = torch.Generator().manual_seed(0)
+        self.labels = torch.randint(0, 3, (clips,), generator=generator)
+        noise = torch.randint(0, 60, (clips, 4, 3, 8, 8), generator=generator)
+        self.noise = (noise + 60 * self.labels[:, None, None, None, None]).to(torch.uint8)
+        self.clips = numpy.array([(number, 0, 0) for number in range(clips)])
+        self.videos = Videos()
+        self.unreadable = unreadable
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, key):
+        _, index = key
+        if index in self.unreadable:
+            return FailedVideo(index, f"video{index}.avi: gone")
+        return self.noise[index], int(self.labels[index]), index
+
+
+def make_loader(batch_size=4, clips=19, shuffle=True, unreadable=()):
+    data = Clips(clips, unreadable)
+    batches = TrainBatchSampler(clips, batch_size, seed=0) if shuffle else EvalBatchSampler(data.clips, batch_size)
+    return torch.utils.data.DataLoader(data, batch_sampler=batches, collate_fn=collate)
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(3)
+        self.layer = nn.Linear(9, 3)
+
+    def forward(self, key, residual):
+        return self.layer(torch.cat([key.mean((1, 3, 4)), residual.std((1, 2, 4, 5)), residual.mean((1, 2, 4, 5))], 1))
+
+    def lif_layers(self):
+        return {}
+
+
+def train(model, epochs=1, loader=None, position=None, lr=0.1, **more):
+    loader = loader or make_loader()
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    position = position or TrainPosition()
+    result = None
+    for _ in range(epochs):
+        result = train_one_epoch(
+            model, loader, optimizer, scaler, device=CPU, precision=None, stride=4, epochs=9, position=position, **more
+        )
+        position = TrainPosition(position.epoch + 1)
+    return result
+
+
+def test_training_learns_and_evaluation_agrees():
+    model = Net()
+    first = train(model)
+    assert set(first) == {"train_loss", "train_clip_top1", "train_clips", "clips_per_second", "data_wait_share"}
+    last = train(model, epochs=30)
+    assert last["train_loss"] < 0.7 * first["train_loss"]
+    scores = evaluate(model, make_loader(7, shuffle=False), 3, device=CPU, precision=None, stride=4, task="test")
+    assert scores["clip_top1"] == scores["video_top1"] > 60 and scores["clip_top5"] == 100.0
+    assert scores["counts"]["videos"] == scores["counts"]["clips"] == 19 and math.isfinite(scores["loss"])
+
+
+def test_training_loss_is_the_mean_over_clips():
+    model = Net()
+    result = train(copy.deepcopy(model), lr=0.0)
+    scores = evaluate(model, make_loader(shuffle=False), 3, device=CPU, precision=None, stride=4, task="test")
+    assert result["train_loss"] == pytest.approx(scores["loss"], rel=1e-6)
+    assert result["train_clip_top1"] == pytest.approx(scores["clip_top1"])
+
+
+def test_accumulation_equals_the_larger_batch():
+    """Two batches of 4 a step, against batches of 8, on 16 clips; the last group of an epoch included."""
+    accumulated, whole = Net().double(), Net().double()
+    for model, batch, steps in ((accumulated, 4, 2), (whole, 8, 1)):
+        train(DoubleInput(model), epochs=2, loader=make_loader(batch, clips=16), accumulation_steps=steps)
+    torch.testing.assert_close(accumulated.layer.weight, whole.layer.weight, rtol=1e-9, atol=1e-12)
+    # 19 clips: two steps over 8, then one over the 3 that are left, each a mean over what it has.
+    short, explicit = Net().double(), Net().double()
+    train(DoubleInput(short), loader=make_loader(4, clips=19), accumulation_steps=2)
+    train(DoubleInput(explicit), loader=make_loader(8, clips=19))
+    torch.testing.assert_close(short.layer.weight, explicit.layer.weight, rtol=1e-9, atol=1e-12)
+    # 15: the second batch of the last step has 3 clips where the first has 4; each clip weighs the same.
+    short, explicit = Net().double(), Net().double()
+    train(DoubleInput(short), loader=make_loader(4, clips=15), accumulation_steps=2)
+    train(DoubleInput(explicit), loader=make_loader(8, clips=15))
+    torch.testing.assert_close(short.layer.weight, explicit.layer.weight, rtol=1e-9, atol=1e-12)
+
+
+class DoubleInput(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, key, residual):
+        return self.inner(key.double(), residual.double())
+
+
+def test_clipping_bounds_the_step():
+    model, before = Net(), Net()
+    train(model, loader=make_loader(19), lr=1.0, clip_norm=0.01)
+    change = torch.cat([(a - b).flatten() for a, b in zip(model.parameters(), before.parameters(), strict=True)])
+    assert change.norm().item() == pytest.approx(0.01, rel=1e-3)
+
+
+@pytest.mark.parametrize("stop_after", [1, 2, 3, 5])
+@pytest.mark.parametrize("accumulation_steps", [1, 2])
+def test_stopped_and_continued_is_undisturbed(stop_after, accumulation_steps):
+    whole, parts = Net(), Net()
+    want = train(whole, accumulation_steps=accumulation_steps)
+    optimizer = torch.optim.SGD(parts.parameters(), lr=0.1, momentum=0.9)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    position, calls = TrainPosition(), []
+
+    def stop():
+        calls.append(1)
+        return len(calls) == stop_after
+
+    passes = dict(device=CPU, precision=None, stride=4, epochs=9, accumulation_steps=accumulation_steps)
+    got = train_one_epoch(parts, make_loader(), optimizer, scaler, position=position, should_stop=stop, **passes)
+    if got is None:
+        assert position.clips < 19 and position.clips % (4 * accumulation_steps) == 0
+        got = train_one_epoch(
+            parts, make_loader(), optimizer, scaler, position=TrainPosition(**vars(position)), **passes
+        )
+    assert torch.equal(parts.layer.weight, whole.layer.weight)
+    assert (got["train_loss"], got["train_clip_top1"]) == (want["train_loss"], want["train_clip_top1"])
+
+
+def test_non_finite_loss_names_the_videos_and_takes_no_step():
+    model = Net()
+    with torch.no_grad():
+        model.layer.bias.fill_(float("nan"))
+    before = model.layer.weight.clone()
+    with pytest.raises(NonFiniteLossError, match=r"nan; videos of that batch: video\d+\.avi, video\d+\.avi"):
+        train(model)
+    assert torch.equal(model.layer.weight, before)
+
+
+def test_saving_between_steps():
+    position, saved = TrainPosition(), []
+    asked = iter([False, True, False, True, False])
+
+    def save():
+        saved.append((position.clips, position.scores[3]))
+
+    train(Net(), position=position, should_save=lambda: next(asked), save=save)
+    assert saved == [(4, 4.0), (12, 12.0)]  # clips done, clips counted
+
+
+# ---- videos that cannot be read ---------------------------------------------------------------------
+
+
+def test_unreadable_videos_are_left_out_of_the_mean_and_told(capfd):
+    """A step over what can be read of its batch; a batch of nothing is no step."""
+    order = [clip for batch in order_of(4) for clip in batch]
+    gone = set(order[4:8]) | {order[0]}  # the second batch whole, and one of the first
+    model = Net()
+    broken = BrokenVideos()
+    position = TrainPosition()
+    train(model, loader=make_loader(unreadable=gone), position=position, broken=broken, lr=0.0)
+    err = capfd.readouterr().err
+    assert position.clips == 19 and position.scores[3] == 14
+    assert err.count("warning: left out: video") == 5
+    assert sorted(broken.take()) == sorted(f"video{clip}.avi: gone" for clip in gone) and broken.take() == []
+    train(model, loader=make_loader(unreadable=gone), broken=broken, lr=0.0)
+    assert capfd.readouterr().err == ""  # each is said once
+
+
+def order_of(batch_size):
+    batches = TrainBatchSampler(19, batch_size, seed=0)
+    return [[clip for _, clip in batch] for batch in batches]
+
+
+def test_a_step_over_a_batch_that_lacks_a_video():
+    """Equal to the step over the others alone."""
+    first = order_of(4)[0]
+    lacking, explicit = Net().double(), Net().double()
+    loader = make_loader(unreadable=first[1:2])
+    stop = iter([False, True])
+    train(DoubleInput(lacking), loader=loader, should_stop=lambda: next(stop))
+    others = [clip for clip in first if clip != first[1]]
+    data = Clips()
+    key, residual = key_residual_split(data.noise[others], 4)
+    loss = nn.functional.cross_entropy(DoubleInput(explicit)(key, residual), data.labels[others])
+    loss.backward()
+    want = explicit.layer.weight - 0.1 * explicit.layer.weight.grad
+    torch.testing.assert_close(lacking.layer.weight, want, rtol=1e-6, atol=1e-7)
+
+
+def test_storage_that_is_gone_stops_the_run():
+    position = TrainPosition()
+    before = Net()
+    model = copy.deepcopy(before)
+    with pytest.raises(UserError, match=r"8 videos one after another cannot be read, the last: video\d+\.avi: gone"):
+        train(model, loader=make_loader(2, unreadable=range(19)), position=position)
+    assert torch.equal(model.layer.weight, before.layer.weight) and position.clips <= 8
+    many = [clip for clip in range(19) if clip % 3]
+    with pytest.raises(UserError, match=r"11 of 19 videos can no longer be read"):
+        train(Net(), loader=make_loader(unreadable=many))
+
+
+def test_many_clips_of_one_broken_video_are_one_video():
+    broken, videos = BrokenVideos(), Videos()
+    for _ in range(3):
+        broken.check(collate([FailedVideo(4, f"video4.avi: frame {n} was wanted") for n in range(16)]), videos)
+    assert broken.take() == ["video4.avi: frame 0 was wanted"]
+
+
+def test_evaluation_leaves_unreadable_videos_out():
+    scores = evaluate(
+        Net(), make_loader(shuffle=False, unreadable=(3, 8)), 3, device=CPU, precision=None, stride=4, task="t"
+    )
+    assert scores["counts"]["videos"] == scores["counts"]["clips"] == 17
+
+
+def test_evaluation_can_be_stopped():
+    assert (
+        evaluate(
+            Net(),
+            make_loader(shuffle=False),
+            3,
+            device=CPU,
+            precision=None,
+            stride=4,
+            task="t",
+            should_stop=lambda: True,
+        )
+        is None
+    )
+
+
+def test_learning_rate():
+    assert [cosine_with_warmup(epoch, 100, 0) for epoch in (0, 50, 100)] == pytest.approx([1.0, 0.5, 0.0])
+    assert [cosine_with_warmup(epoch, 12, 2) for epoch in (0, 1, 2, 7, 12)] == pytest.approx([1 / 3, 2 / 3, 1, 0.5, 0])
+    reference = torch.optim.lr_scheduler.CosineAnnealingLR(torch.optim.SGD(Net().parameters(), lr=1.0), T_max=10)
+    for epoch in range(10):
+        assert reference.get_last_lr()[0] == pytest.approx(cosine_with_warmup(epoch, 10, 0))
+        reference.optimizer.step()
+        reference.step()
+
+
+def test_precision():
+    assert choose_precision(CPU, amp=False) is None
+    hardware = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    assert choose_precision(CPU, amp=True) == (torch.bfloat16 if hardware else None)

@@ -1,0 +1,111 @@
+"""Training and testing of heads on sequences of features that lie in memory (the feature pipeline)."""
+
+import contextlib
+import math
+import random
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.heads.neurons import rate_counterpart
+from utils.errors import UserError
+from utils.progress import Progress
+
+_STEPS_BETWEEN_READINGS = 10  # of the loss: on a GPU each waits for it
+
+
+@contextlib.contextmanager
+def neurons_of(head: nn.Module, train_mode: str) -> Iterator[None]:
+    """Inside: the neurons that `head` trains with. train_mode "spiking": its own; "rate": their rate-based
+    counterparts, as the original pipeline did, which are not what it is tested with."""
+    own = head.neuron
+    if train_mode == "rate" and own is not None:
+        head.neuron = rate_counterpart(own)
+    try:
+        yield
+    finally:
+        head.neuron = own
+
+
+def sequence_loss(logits: Tensor, labels: Tensor, loss: str) -> Tensor:
+    """Cross-entropy of logits [T, B, classes] at the last step, or, "every", the mean over all steps."""
+    if loss == "last":
+        return F.cross_entropy(logits[-1], labels)
+    return F.cross_entropy(logits.flatten(0, 1), labels.repeat(len(logits)))
+
+
+def minibatches(count: int, size: int, seed: int, epoch: int | None) -> list[list[int]]:
+    """Indices of each minibatch: shuffled, a function of (seed, epoch); in order where epoch is None."""
+    order = list(range(count))
+    if epoch is not None:
+        random.Random(f"sequences/{seed}/{epoch}").shuffle(order)
+    return [order[start : start + size] for start in range(0, count, size)]
+
+
+def train_epoch(
+    network: Callable[[Tensor], Tensor],
+    head: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    optimizer: torch.optim.Optimizer,
+    *,
+    task: str,
+    steps: int,
+    loss: str,
+    train_mode: str,
+    should_stop: Callable[[], bool] = lambda: False,
+    shown: bool = True,
+) -> dict[str, float] | None:
+    """One epoch of `steps` minibatches (inputs, labels int64 [B]) on the device. network: inputs -> logits
+    [T, B, classes], by way of `head`, whose neurons `train_mode` chooses.
+
+    Returns {"train_loss", "train_last_step"} (accuracy in percent), None where `should_stop` cut it off.
+    Raises UserError where the loss is not finite.
+    """
+    sums = None  # of loss, correct, clips
+    with neurons_of(head, train_mode), Progress(steps, task, "minibatch", shown=shown) as progress:
+        for done, (inputs, labels) in enumerate(batches):
+            if should_stop():
+                return None
+            if sums is not None and done % _STEPS_BETWEEN_READINGS == 0 and not math.isfinite(sums[0].item()):
+                break
+            logits = network(inputs)
+            value = sequence_loss(logits, labels, loss)
+            optimizer.zero_grad(set_to_none=True)
+            value.backward()
+            optimizer.step()
+            correct = (logits[-1].argmax(-1) == labels).sum().double()
+            count = torch.full_like(correct, len(labels))
+            sum_now = torch.stack([value.detach().double() * count, correct, count])
+            sums = sum_now if sums is None else sums + sum_now
+            progress.advance()
+    total, correct, clips = sums.tolist()
+    if not math.isfinite(total):
+        raise UserError(f"{task}: the loss became {total}; take a smaller learning_rate")
+    return {"train_loss": total / clips, "train_last_step": 100 * correct / clips}
+
+
+@torch.no_grad()
+def evaluate(network: Callable[[Tensor], Tensor], batches: Iterable[tuple[Tensor, Tensor]], videos: Tensor) -> dict:
+    """Accuracies in percent: "per_step" (a list over time), "last_step", and "video" (softmax of the last step,
+    mean over a video's clips), with the mean "loss" of the last step. batches: (inputs, labels) of all clips in
+    order. videos: int64 [clips], the video of each."""
+    correct = loss = 0
+    probabilities, labels = [], []
+    for inputs, wanted in batches:
+        logits = network(inputs)
+        correct = correct + (logits.argmax(-1) == wanted).sum(1)  # [T]
+        loss = loss + F.cross_entropy(logits[-1], wanted, reduction="sum").double()
+        probabilities.append(logits[-1].softmax(-1))
+        labels.append(wanted)
+    probabilities, labels = torch.cat(probabilities), torch.cat(labels)
+    _, video = torch.unique(videos.to(labels.device), return_inverse=True)
+    count = int(video.max()) + 1
+    summed = probabilities.new_zeros(count, probabilities.shape[1]).index_add_(0, video, probabilities)
+    right = summed.argmax(-1) == labels.new_zeros(count).index_copy_(0, video, labels)
+    per_step = (100 * correct.double() / len(labels)).tolist()
+    return {
+        "loss": float(loss) / len(labels), "per_step": per_step, "last_step": per_step[-1],
+        "video": 100 * right.double().mean().item(), "counts": {"clips": len(labels), "videos": count},
+    }  # fmt: skip

@@ -1,0 +1,36 @@
+"""Training curves as a picture."""
+
+from pathlib import Path
+
+from utils.errors import UserError
+
+
+def save_curves(file: Path, history: list[dict], title: str) -> None:
+    """A PNG: accuracy by epoch in training and testing, and in the last epoch's test by time step.
+
+    history: an epoch's line each, with "train_last_step", "test_last_step", "test_video" and "test_per_step".
+    Raises UserError where it cannot be written.
+    """
+    # Imported here: only this picture needs it, and it takes a second. The figure is not pyplot's: no display.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    by_epoch, by_step = figure.subplots(1, 2)
+    epochs = [line["epoch"] + 1 for line in history]
+    for name, label in (
+        ("train_last_step", "training, last step"),
+        ("test_last_step", "test, last step"),
+        ("test_video", "test, video"),
+    ):
+        by_epoch.plot(epochs, [line[name] for line in history], marker=".", label=label)
+    by_epoch.set(xlabel="epoch", ylabel="accuracy (%)", ylim=(0, 102), title=title)
+    by_epoch.legend()
+    steps = history[-1]["test_per_step"]
+    by_step.plot(range(1, len(steps) + 1), steps, marker=".")
+    by_step.set(xlabel="time step", ylabel="test accuracy (%)", ylim=(0, 102), title=f"after {epochs[-1]} epochs")
+    try:
+        figure.savefig(file, dpi=120)
+    except OSError as error:
+        raise UserError(f"{file}: cannot be written ({error.strerror})") from error
