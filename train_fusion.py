@@ -26,11 +26,10 @@ from dataset.splits import Split, cut_validation, drop, read_hmdb51, read_ucf101
 from dataset.transforms import eval_transforms, resized_crop
 from dataset.video import VideoDataset, make_loader
 from models import ReSpike
-from models.batch_norm import synchronise_batch_norm
+from models.batch_norm import BATCH_NORMS, synchronise_batch_norm
 from models.neurons import BACKENDS, runs_on_triton
 from models.resnet import BACKBONES
 from models.respike import BRANCHES, FUSIONS
-from models.spiking_resnet import BATCH_NORMS
 from utils.checkpoint import find_checkpoint, load_checkpoint
 from utils.device import choose_algorithms, choose_precision, cpu_count, device_name
 from utils.errors import ArgumentParser, UserError

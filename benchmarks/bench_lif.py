@@ -21,10 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.bench_step import describe
+from models.batch_norm import StepBatchNorm2d
 from models.kernels.parameters import LIFParameters
 from models.kernels.reference import lif_definition, lif_reference
 from models.neurons import LIF, lif
-from models.spiking_resnet import StepBatchNorm2d
 from utils.triton_language import why_not_on
 
 # (forward, backward) passes over a tensor of the layer's size: what is read and written once each, with the
@@ -113,7 +113,7 @@ def implementations(layer: str, channels: int, device: torch.device, dtype: torc
     builds: dict[str, Layer] = {}
     if device.type == "cuda" and why_not_on("cuda") is None:
         fused, neurons = StepBatchNorm2d(channels, backend="triton").to(device).train(), LIF(p, "triton")
-        builds["ours, triton"] = lambda x, residual: fused(x, residual, neurons, keep_sum)
+        builds["ours, triton"] = lambda x, residual: fused(x, residual, neurons, spikes_only=not keep_sum)
         del fires["ours, triton"]
     norm = StepBatchNorm2d(channels, backend="reference").to(device).train()
 

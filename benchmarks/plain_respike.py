@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from dataset.residual import IMAGENET_MEAN, IMAGENET_STD
 from models import ReSpike
 from models.attention import HEAD_WIDTH, Attention, CrossAttentionFusion
-from models.spiking_resnet import SpikingBlock, StepBatchNorm2d
+from models.batch_norm import StepBatchNorm2d
+from models.spiking_resnet import SpikingBlock
 
 
 def _plain_batch_norm(bn: StepBatchNorm2d) -> nn.BatchNorm2d:

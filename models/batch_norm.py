@@ -1,18 +1,110 @@
-"""Batch norm over the clips of all processes.
+"""Batch norm of spiking layers, and batch norm over the clips of all processes.
 
-torch.nn.SyncBatchNorm needs a GPU and knows no time steps; this one runs on both and, in the SNN, keeps
-statistics for each step.
+torch.nn.SyncBatchNorm needs a GPU and knows no time steps. The synchronised layers here run on a CPU too and, in
+the SNN, keep statistics for each step.
 """
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from models.spiking_resnet import StepBatchNorm2d, update_running
+from models.kernels import operators
+from models.kernels.parameters import LIFParameters, membrane_dtype
+from models.kernels.triton_lif import MAX_STEPS
+from models.neurons import LIF, runs_on_triton
+
+BATCH_NORMS = ("per-step", "merged")
+
+
+class StepBatchNorm2d(nn.BatchNorm2d):
+    """Batch norm of [S, N, C, H, W], and what follows it in a spiking network: adding a residual and firing.
+
+    mode: "per-step" normalises each time step, in training, by the step's own batch statistics and updates the
+    running ones S times per forward (as published); "merged" takes one set of statistics over all steps. In
+    evaluation both use the running statistics.
+    backend: as `models.neurons.lif`; with "triton" the layer is one pass over the data.
+    """
+
+    def __init__(self, channels: int, mode: str = "per-step", backend: str = "auto"):
+        super().__init__(channels)
+        if mode not in BATCH_NORMS:
+            raise ValueError(f"batch norm mode must be one of {', '.join(BATCH_NORMS)}, got {mode!r}")
+        self.mode = mode
+        self.backend = backend
+
+    def forward(
+        self, x: Tensor, residual: Tensor | None = None, neuron: LIF | None = None, spikes_only: bool = False
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """(normalised x + residual, the spikes of `neuron` for that sum), both [S, N, C, H, W].
+
+        residual: added after normalisation; None adds nothing.
+        neuron: the neurons that take the sum; without them the spikes are None.
+        spikes_only: return None for the sum, which then need not be written.
+        """
+        if runs_on_triton(self.backend, x):
+            return self._fused(x, residual, neuron, spikes_only)
+        total = self.normalise(x)
+        if residual is not None:
+            total = total + residual.to(total.dtype)
+        spikes = None if neuron is None else neuron(total)
+        return None if spikes_only else total, spikes
+
+    def normalise(self, x: Tensor) -> Tensor:
+        if self.training and self.mode == "per-step":
+            return torch.stack([super(StepBatchNorm2d, self).forward(step) for step in x])
+        return super().forward(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+
+    def _fused(self, x: Tensor, residual: Tensor | None, neuron: LIF | None, spikes_only: bool):
+        # The kernel knows the equations of LIF itself. A subclass has its own: it runs behind the kernel.
+        fires_here = type(neuron) is LIF and x.shape[0] <= MAX_STEPS
+        parameters = neuron.parameters_ if fires_here else LIFParameters()
+        keep_sum = not spikes_only or not fires_here or residual is not None  # the backward pass reads such a sum
+        mean, inverse_deviation, count = self._statistics(x)
+        total, spikes, _ = operators.batch_norm(
+            x, mean, inverse_deviation, self.weight, self.bias, residual, None, count,
+            self.training, keep_sum, fires_here, False, *parameters.as_arguments(),
+        )  # fmt: skip
+        if neuron is None:
+            return total, None
+        spikes = neuron.counted(spikes) if fires_here else neuron(total)
+        return None if spikes_only else total, spikes
+
+    @torch.no_grad()
+    def _statistics(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(mean, 1 / standard deviation, count): [S or 1, C] twice, and the number of values that they are of if
+        it is over several processes, else None."""
+        if not self.training:
+            dtype = membrane_dtype(x.dtype)
+            variance = self.running_var.to(dtype)[None]
+            return self.running_mean.to(dtype)[None], torch.rsqrt(variance + self.eps), None
+        if self.mode == "merged":
+            x = x.flatten(0, 1)[None]
+        values = x.numel() // max(1, x.shape[0] * x.shape[2])
+        if values < 2:
+            raise ValueError(f"batch norm in training needs more than 1 value per channel, got {list(x.shape)}")
+        mean, variance, count = self.over_processes(*operators.moments(x), values)
+        update_running(self, mean, variance, values if count is None else count)
+        return mean, torch.rsqrt(variance + self.eps), count
+
+    def over_processes(self, mean: Tensor, variance: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(mean, biased variance, count) of all processes from this process's; count None: there are no others."""
+        return mean, variance, None
+
+
+def update_running(norm: nn.BatchNorm2d, mean: Tensor, variance: Tensor, count: int | Tensor) -> None:
+    """One update of the running statistics for each of the S sets [S, C], each of `count` values."""
+    unbiased = variance * (count / (count - 1))
+    for step in range(len(mean)):
+        norm.running_mean.lerp_(mean[step].to(norm.running_mean), norm.momentum)
+        norm.running_var.lerp_(unbiased[step].to(norm.running_var), norm.momentum)
+    norm.num_batches_tracked += len(mean)
+
+
+# ---- the batch of all processes
 
 
 def synchronise_batch_norm(model: nn.Module) -> None:
-    """Replace every batch norm of `model` in place; parameters, buffers and their names stay."""
+    """Replace every batch norm of `model` in place. Parameters, buffers and their names stay."""
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if type(child) is StepBatchNorm2d:
@@ -21,16 +113,16 @@ def synchronise_batch_norm(model: nn.Module) -> None:
                 new = SyncBatchNorm2d(child.num_features, child.eps, child.momentum)
             else:
                 continue
-            setattr(parent, name, _taken_over(new, child))
+            setattr(parent, name, _with_state_of(child, new))
 
 
-def _taken_over(new: nn.BatchNorm2d, old: nn.BatchNorm2d) -> nn.BatchNorm2d:
+def _with_state_of(old: nn.BatchNorm2d, new: nn.BatchNorm2d) -> nn.BatchNorm2d:
     new._parameters, new._buffers = old._parameters, old._buffers
     return new.train(old.training)
 
 
 class SyncBatchNorm2d(nn.BatchNorm2d):
-    """nn.BatchNorm2d of [N, C, H, W] whose batch is that of all processes."""
+    """nn.BatchNorm2d of [N, C, H, W] over the batches of all processes."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
@@ -39,7 +131,7 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
 
 
 class SyncStepBatchNorm2d(StepBatchNorm2d):
-    """StepBatchNorm2d of [S, N, C, H, W] whose batch is that of all processes."""
+    """StepBatchNorm2d of [S, N, C, H, W] over the batches of all processes."""
 
     def normalise(self, x: Tensor) -> Tensor:
         if not self.training:
@@ -49,7 +141,7 @@ class SyncStepBatchNorm2d(StepBatchNorm2d):
         return _synchronised(x, self)
 
     def over_processes(self, mean: Tensor, variance: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor | None]:
-        """As a value alone: `models.kernels.operators.batch_norm` sees to the gradient."""
+        """No gradient passes here: `models.kernels.operators.batch_norm` computes it."""
         if not dist.is_initialized():
             return mean, variance, None
         all_means, all_variances, total = _over_processes(mean, variance, count)
@@ -57,8 +149,8 @@ class SyncStepBatchNorm2d(StepBatchNorm2d):
 
 
 def _over_processes(mean: Tensor, variance: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(mean, biased variance [S, C], count []) of all processes, in float64: there mean^2 may be taken off
-    the mean of squares."""
+    """(mean, biased variance [S, C], count []) of all processes, in float64: in float32 the mean of squares
+    minus the squared mean would lose the variance of a channel with a large mean."""
     mean, variance = mean.double(), variance.double()
     sums = torch.cat([mean * count, (variance + mean.square()) * count, mean.new_full((len(mean), 1), count)], dim=1)
     sums = _SumOverProcesses.apply(sums)  # [S, 2C + 1]
@@ -67,8 +159,8 @@ def _over_processes(mean: Tensor, variance: Tensor, count: int) -> tuple[Tensor,
 
 
 def _synchronised(x: Tensor, norm: nn.BatchNorm2d) -> Tensor:
-    """[S, N, C, H, W] normalised with the S sets of statistics of all processes, each of which updates
-    the running ones."""
+    """[S, N, C, H, W] normalised with the statistics of each step over all processes. Each of the S sets updates
+    the running statistics."""
     values = x if x.dtype == torch.float64 else x.float()
     variance, mean = torch.var_mean(values, dim=(1, 3, 4), correction=0)  # [S, C]
     mean, variance, total = _over_processes(mean, variance, x.numel() // (x.shape[0] * x.shape[2]))

@@ -1,7 +1,10 @@
-"""The spiking neuron: the function over all time steps, the module, and which code runs them.
+"""The spiking neuron: the function over all time steps, the modules, and which code runs them.
 
 `LIFParameters` is the whole semantics of the neuron in one frozen value that every backend takes.
-`lif` runs it; `backend` says with which code, and only "auto" chooses.
+`lif` runs it. `backend` names the code that runs; only "auto" chooses.
+
+To add a neuron, write a subclass of `LIF` with a `forward` of its own and name it in NEURONS. Every backend then
+calls that `forward`: the fused kernels, which know the equations of `LIF` alone, stop at the batch norm before it.
 """
 
 import torch
@@ -24,12 +27,12 @@ def lif(
 
     current: [S, ...] input current, time first, floating point. v0: [...] membrane before the first
     step; zero if None. Returns (spikes [S, ...] in the current's type, v [...] the membrane after the
-    last step; from "triton" and "reference", float32 where the current is float16 or bfloat16).
-    keep_v: False leaves it to the backend whether to write v; what is returned for it is then of no use.
+    last step; from "triton" and "reference", float32 if the current is float16 or bfloat16).
+    keep_v: if False, the backend need not write v, and the tensor returned for it holds no membrane.
 
     backend: "triton" (fused GPU kernels), "reference" (plain PyTorch), both with the membrane recomputed
     in the backward pass, "spikingjelly" (its multi-step LIFNode), or "auto": triton for tensors on a GPU
-    where it runs, else reference. Raises ValueError for an unknown backend, for current without a time
+    that it supports, else reference. Raises ValueError for an unknown backend, for current without a time
     step, and for v0 of another shape; UserError for a backend that cannot run on the current's device.
     """
     if current.dim() < 1 or current.shape[0] < 1:
@@ -46,7 +49,7 @@ def lif(
 
 
 def runs_on_triton(backend: str, x: Tensor) -> bool:
-    """Whether the backend's code for x is Triton's. Raises UserError where it was asked for and cannot run."""
+    """Whether the Triton kernels run for x. Raises UserError if the backend is "triton" and they cannot."""
     if backend not in BACKENDS:
         raise ValueError(f"LIF backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     if backend == "triton":
@@ -76,7 +79,7 @@ def _lif_spikingjelly(current: Tensor, parameters: LIFParameters, v0: Tensor | N
     elif parameters.surrogate == "sigmoid":
         spike = surrogate.Sigmoid(alpha=parameters.alpha)
     else:
-        raise ValueError("the spikingjelly backend has no triangle surrogate; use backend 'reference'")
+        raise UserError("the LIF backend spikingjelly has no triangle surrogate; take auto or reference")
     node = neuron.LIFNode(
         tau=parameters.tau,
         decay_input=True,
@@ -93,11 +96,13 @@ def _lif_spikingjelly(current: Tensor, parameters: LIFParameters, v0: Tensor | N
 
 
 class LIF(nn.Module):
-    """A layer of LIF neurons whose state starts at zero in every call and does not outlive it.
+    """A layer of LIF neurons. Their state starts at zero in every call and does not outlive it.
 
-    forward: current [S, ...] -> spikes [S, ...]. While `count_spikes` is true, the float64 scalars
-    `spike_sum` and `neuron_steps` (neurons times time steps) add up on the device; their ratio is the
-    mean firing rate. `utils.training.metrics.FiringRates` switches and reads them.
+    forward: current [S, ...] -> spikes [S, ...]. A subclass returns `self.counted(spikes)`.
+
+    While `count_spikes` is true, the float64 scalars `spike_sum` and `neuron_steps` (neurons times time steps) add
+    up on the device; their ratio is the mean firing rate. `utils.training.metrics.FiringRates` switches and reads
+    them.
     """
 
     def __init__(self, parameters: LIFParameters = LIFParameters(), backend: str = "auto"):
@@ -114,7 +119,7 @@ class LIF(nn.Module):
         return self.counted(spikes)
 
     def counted(self, spikes: Tensor) -> Tensor:
-        """The spikes of this layer, counted if they are to be; for kernels that fire in passing."""
+        """Count the spikes of this layer if `count_spikes` is true, and return them."""
         if self.count_spikes:
             self.spike_sum += spikes.detach().sum(dtype=torch.float64)
             self.neuron_steps += spikes.numel()
@@ -122,3 +127,6 @@ class LIF(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.parameters_}, backend={self.backend!r}"
+
+
+NEURONS = {"lif": LIF}  # name -> class, made as class(parameters, backend)

@@ -1,11 +1,14 @@
 """ReSpike: key frames into a ResNet, residual frames into a spiking ResNet, fused stage by stage."""
 
+import functools
+
 import torch
 from torch import Tensor, nn
 
 from models.attention import CrossAttentionFusion
+from models.batch_norm import BATCH_NORMS, StepBatchNorm2d
 from models.kernels.parameters import LIFParameters
-from models.neurons import BACKENDS, LIF
+from models.neurons import BACKENDS, LIF, NEURONS
 from models.published_weights import rename_published_state_dict
 from models.resnet import ResNetStages
 from models.spiking_resnet import SpikingResNetStages
@@ -24,13 +27,20 @@ class ReSpike(nn.Module):
     `dataset.residual.key_residual_split` makes them -> logits [B, num_classes]. H and W are
     multiples of 32.
 
-    backbone: resnet18, 34, 50, 101 or 152. stride: frames per segment, one of them the key frame.
-    downsample: fuse at all four stages, the first two pooled by 4 and 2; else at stages 2, 3 and 4
-    at full size. weights: ImageNet weights of the ANN branch (`models.resnet.load_weights`).
-    branches: "ann" or "snn" trains that branch alone. fusion: "concat" joins the branches at the
-    head only. snn_batch_norm: "per-step" (as published) or "merged". lif_backend: as `models.neurons.lif`.
-    pack_spikes: keep one bit a spike for the backward pass (`models.kernels.packing`). Raises UserError
-    for a value that is none of these.
+    backbone: resnet18, 34, 50, 101 or 152.
+    num_classes: logits per clip.
+    stride: frames per segment, one of them the key frame.
+    downsample: fuse at all four stages, the first two pooled by 4 and 2; else at stages 2, 3 and 4 at full size.
+    weights: ImageNet weights of the ANN branch (`models.resnet.load_weights`).
+    branches: "both", or "ann" or "snn" for that branch alone.
+    fusion: "cross", or "concat" to join the branches at the head only.
+    snn_batch_norm: "per-step" (as published) or "merged".
+    neuron: the equations of the spiking neurons.
+    neuron_type: their class, a name in `models.neurons.NEURONS`.
+    lif_backend: which code runs them, as `models.neurons.lif`.
+    pack_spikes: keep one bit a spike for the backward pass (`models.kernels.packing`).
+
+    Raises UserError for a setting that is none of these.
     """
 
     def __init__(
@@ -44,6 +54,7 @@ class ReSpike(nn.Module):
         fusion: str = "cross",
         snn_batch_norm: str = "per-step",
         neuron: LIFParameters = LIFParameters(),
+        neuron_type: str = "lif",
         lif_backend: str = "auto",
         pack_spikes: bool = False,
     ):
@@ -52,18 +63,27 @@ class ReSpike(nn.Module):
             raise UserError(f"stride must be at least 2 (one key frame and a residual frame), got {stride}")
         if num_classes < 1:
             raise UserError(f"num_classes must be at least 1, got {num_classes}")
-        if branches not in BRANCHES:
-            raise UserError(f"branches must be one of {', '.join(BRANCHES)}, got {branches!r}")
-        if lif_backend not in BACKENDS:
-            raise UserError(f"lif_backend must be one of {', '.join(BACKENDS)}, got {lif_backend!r}")
-        if fusion not in FUSIONS:
-            raise UserError(f"fusion must be one of {', '.join(FUSIONS)}, got {fusion!r}")
+        for name, value, choices in (
+            ("branches", branches, BRANCHES),
+            ("fusion", fusion, FUSIONS),
+            ("snn_batch_norm", snn_batch_norm, BATCH_NORMS),
+            ("neuron_type", neuron_type, NEURONS),
+            ("lif_backend", lif_backend, BACKENDS),
+        ):
+            if value not in choices:
+                raise UserError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+        if lif_backend == "spikingjelly" and neuron.surrogate == "triangle":
+            raise UserError("lif_backend spikingjelly has no surrogate triangle; take auto or reference")
         self.stride = stride
         self.downsample = downsample
         self.ann = ResNetStages(backbone, weights) if branches != "snn" else None
         self.snn = None
         if branches != "ann":
-            self.snn = SpikingResNetStages(neuron, snn_batch_norm, lif_backend, pack_spikes)
+            self.snn = SpikingResNetStages(
+                neuron=functools.partial(NEURONS[neuron_type], neuron, lif_backend),
+                norm=functools.partial(StepBatchNorm2d, mode=snn_batch_norm, backend=lif_backend),
+                pack_spikes=pack_spikes,
+            )
         self.fusions = nn.ModuleList([None] * 4)
         if branches == "both" and fusion == "cross":
             pools = DOWNSAMPLE_POOLS if downsample else (None, 1, 1, 1)
@@ -81,17 +101,17 @@ class ReSpike(nn.Module):
             ann = self.ann.stem(key.flatten(0, 1))  # [B*K, 64, H/4, W/4]
         if self.snn is not None:
             residual = residual.movedim(2, 0).flatten(1, 2)  # [S, B*K, 3, H, W]
-            snn, spikes = self.snn.stem(residual, following=self._neurons_after(0))  # [S, B*K, 64, H/2, W/2] both
+            snn, spikes = self.snn.stem(residual, self._neuron_after(0))  # [S, B*K, 64, H/2, W/2] both
 
-        for stage in range(4):
+        for stage, fusion in enumerate(self.fusions):
             if ann is not None:
                 ann = self.ann.stages[stage](ann)  # [B*K, C_ann, H', W']
             if snn is not None:
-                fused_next = self.fusions[stage] is not None  # then the neurons take what fusion makes of it
-                following = None if fused_next else self._neurons_after(stage + 1)
-                snn, spikes = self.snn.stages[stage](snn, spikes, following)  # [S, B*K, C, H', W']
-            if self.fusions[stage] is not None:
-                snn, spikes = self.fusions[stage](snn, ann), None
+                # Behind a fusion block the neurons take its result, so the stage itself fires none.
+                next_neuron = None if fusion is not None else self._neuron_after(stage + 1)
+                snn, spikes = self.snn.stages[stage](snn, spikes, next_neuron)  # [S, B*K, C, H', W'] both
+            if fusion is not None:
+                snn, spikes = fusion(snn, ann), None
 
         pooled = []
         if ann is not None:
@@ -101,25 +121,25 @@ class ReSpike(nn.Module):
         logits = self.head(torch.cat(pooled, dim=1))  # [B*K, classes]
         return logits.unflatten(0, (batch, key_frames)).mean(1)
 
-    def _neurons_after(self, stage: int) -> LIF | None:
-        """The neurons that the input of a stage goes to first."""
+    def _neuron_after(self, stage: int) -> LIF | None:
+        """The neurons that take the input of a stage; None behind the last stage."""
         return self.snn.stages[stage][0].lif1 if stage < 4 else None
 
     def _check_shapes(self, key: Tensor, residual: Tensor) -> None:
         steps = self.stride - 1
         if key.dim() != 5 or key.shape[2] != 3:
-            raise UserError(f"key frames must be [B, K, 3, H, W], got {list(key.shape)}")
+            raise ValueError(f"key frames must be [B, K, 3, H, W], got {list(key.shape)}")
         expected = [*key.shape[:2], steps, *key.shape[2:]]
         if list(residual.shape) != expected:
-            raise UserError(f"residual frames must be {expected} for stride {self.stride}, got {list(residual.shape)}")
+            raise ValueError(f"residual frames must be {expected} for stride {self.stride}, got {list(residual.shape)}")
         if key.shape[3] % SIZE_MULTIPLE or key.shape[4] % SIZE_MULTIPLE:
-            raise UserError(
+            raise ValueError(
                 f"height and width must be multiples of {SIZE_MULTIPLE}, got {key.shape[3]} x {key.shape[4]}"
             )
         if self.training and key[:, :, 0].numel() == SIZE_MULTIPLE**2:
-            raise UserError(
+            raise ValueError(
                 f"batch norm cannot be trained on one key frame of {SIZE_MULTIPLE} x {SIZE_MULTIPLE} pixels alone; "
-                "take a larger batch, more key frames (-T) or a larger size"
+                "take a larger batch, more key frames or a larger size"
             )
 
     def lif_layers(self) -> dict[str, list[LIF]]:
@@ -127,7 +147,7 @@ class ReSpike(nn.Module):
         if self.snn is None:
             return {}
         return {
-            f"stage{number}": [module for module in stage.modules() if isinstance(module, LIF)]
+            f"stage{number}": [neuron for block in stage for neuron in (block.lif1, block.lif2)]
             for number, stage in enumerate(self.snn.stages, start=1)
         }
 
@@ -135,6 +155,6 @@ class ReSpike(nn.Module):
         """Load weights saved by the published code, by its names (`models.published_weights`).
 
         Both published variants save the same names; `fusion1` is unused, and not loaded, without
-        downsample. Raises UserError naming the first keys that are missing, unknown or misshapen.
+        downsample. Raises UserError with the first key that is missing, unknown or misshapen.
         """
         self.load_state_dict(rename_published_state_dict(state_dict, self))

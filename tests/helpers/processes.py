@@ -24,9 +24,8 @@ from dataset.splits import VideoRecord
 from dataset.transforms import eval_transforms, multi_scale_crop
 from dataset.video import VideoDataset, make_loader
 from models import ReSpike
-from models.batch_norm import SyncStepBatchNorm2d, synchronise_batch_norm
+from models.batch_norm import BATCH_NORMS, SyncStepBatchNorm2d, synchronise_batch_norm
 from models.neurons import LIF
-from models.spiking_resnet import BATCH_NORMS
 from utils.runtime import Processes, join_processes
 from utils.training.engine import TrainPosition, evaluate, train_one_epoch
 
@@ -113,7 +112,7 @@ def fused_batch_norm(processes: Processes) -> dict:
         weights = torch.randn_like(x)
         own = slice(processes.rank * 8 // processes.count, (processes.rank + 1) * 8 // processes.count)
         inputs = x[:, own].clone().requires_grad_()
-        total, spikes = norm(inputs, following=LIF(backend="triton"))
+        total, spikes = norm(inputs, neuron=LIF(backend="triton"))
         (total * weights[:, own] + spikes * weights[:, own]).sum().backward()
         whole = torch.zeros_like(x)
         whole[:, own] = inputs.grad

@@ -5,11 +5,11 @@ import itertools
 import pytest
 import torch
 
+from models.batch_norm import StepBatchNorm2d
 from models.kernels import operators
 from models.kernels.parameters import LIFParameters
 from models.kernels.reference import batch_norm_definition, lif_definition
-from models.neurons import LIF
-from models.spiking_resnet import StepBatchNorm2d
+from models.neurons import BACKENDS, LIF
 from tests.models.kernels.test_lif_kernels import DEVICE, DTYPES, assert_close, channels_last, random
 
 pytestmark = pytest.mark.kernels
@@ -132,7 +132,7 @@ def test_evaluation_with_gradients():
         norm = StepBatchNorm2d(5, backend=backend).double().to(DEVICE).eval()
         norm.running_mean += 0.3
         inputs = x.detach().requires_grad_()
-        _, spikes = norm(inputs, following=LIF(backend=backend), keep_sum=False)
+        _, spikes = norm(inputs, neuron=LIF(backend=backend), spikes_only=True)
         results.append(torch.autograd.grad(spikes, [inputs, norm.weight, norm.bias], weights))
     torch.testing.assert_close(results[0], results[1], rtol=1e-11, atol=1e-12)
 
@@ -173,7 +173,7 @@ def test_what_is_not_asked_for_is_not_lost():
     for backend in ("triton", "reference"):
         norm = StepBatchNorm2d(3, backend=backend).double().to(DEVICE).train()
         inputs = [value.detach().requires_grad_() for value in (x, residual)]
-        total, spikes = norm(*inputs, LIF(backend=backend), keep_sum=False)
+        total, spikes = norm(*inputs, LIF(backend=backend), spikes_only=True)
         assert total is None
         results.append(torch.autograd.grad(spikes, [*inputs, norm.weight], x))
     torch.testing.assert_close(results[0], results[1], rtol=1e-10, atol=1e-11)
@@ -197,3 +197,20 @@ def test_half_precision_sums_are_those_the_neuron_sees(dtype):
     total, spikes, v = fused(x, weight, bias, residual, False, True, True, p)
     assert torch.equal(spikes.bool(), total >= 1.0)
     assert_close(v, torch.where(total >= 1.0, 0.0, total).to(v.dtype)[0], dtype)
+
+
+class _Silent(LIF):
+    """Neurons that never fire, with a gradient of their own."""
+
+    def forward(self, current):
+        return self.counted(current * 0.0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_subclass_of_lif_is_never_replaced_by_a_plain_one(backend):
+    """The kernels know the equations of LIF only, so the subclass must run behind them."""
+    x, _, _, residual = make((3, 2, 5, 4, 4), torch.float64, "channels last", True)
+    norm = StepBatchNorm2d(5, backend=backend).double().to(DEVICE).train()
+    for more in (None, residual):
+        total, spikes = norm(x, more, _Silent(LIFParameters(), backend))
+        assert (total > 1.0).any() and not spikes.any()
