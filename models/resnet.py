@@ -37,7 +37,7 @@ def load_weights(resnet: nn.Module, backbone: str, weights: str | None) -> None:
     weights: None or "none" leaves the random initialisation; "default" takes torchvision's best
     ImageNet weights, a name such as "IMAGENET1K_V1" that entry of torchvision's list (both are
     downloaded once into torch.hub's cache); anything else is the path of a state dict. Raises
-    UserError where the weights cannot be had or do not fit.
+    UserError if the weights cannot be downloaded or read, or do not fit.
     """
     if weights is None or weights == "none":
         return

@@ -1,5 +1,6 @@
 """The semantics of the spiking neuron, in one value that every backend takes."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +27,10 @@ class LIFParameters:
     detach_reset: bool = True  # no gradient through the reset's spike
 
     def __post_init__(self):
+        for name in ("tau", "v_threshold", "v_reset", "alpha"):
+            value = getattr(self, name)
+            if value is not None and not math.isfinite(value):
+                raise ValueError(f"{name} must be finite, got {value}")
         if not self.tau >= 1.0:
             raise ValueError(f"tau must be at least 1 time step, got {self.tau}")
         if self.surrogate not in SURROGATES:

@@ -166,6 +166,10 @@ def test_compiled_layer_agrees():
         (lambda: LIFParameters(surrogate="step"), "triangle"),
         (lambda: LIFParameters(v_reset=1.0), "v_reset"),
         (lambda: LIFParameters(alpha=0.0), "alpha"),
+        (lambda: LIFParameters(tau=math.inf), "tau must be finite"),
+        (lambda: LIFParameters(alpha=math.nan), "alpha must be finite"),
+        (lambda: LIFParameters(v_threshold=math.nan, v_reset=None), "v_threshold must be finite"),
+        (lambda: LIFParameters(v_reset=-math.inf), "v_reset must be finite"),
     ],
 )
 def test_refusals(call, message):

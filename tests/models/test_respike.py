@@ -6,8 +6,11 @@ import torch
 from benchmarks.plain_respike import PlainReSpike, plain_split
 from dataset.residual import key_residual_split
 from models import ReSpike
+from models.kernels.parameters import LIFParameters
+from models.neurons import BACKENDS, LIF, NEURONS
 from tests.models.test_golden import published_state_dict
 from utils.errors import UserError
+from utils.training.metrics import FiringRates
 
 
 def clip(batch=2, frames=8, size=64, dtype=torch.float32):
@@ -145,6 +148,25 @@ def test_reference_weights_of_another_backbone_are_refused():
         ReSpike("resnet18", num_classes=7).load_reference_state_dict(published_state_dict("resnet50"))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_new_neuron_is_a_class_and_an_entry(monkeypatch, backend):
+    """Every layer of every backend runs the new class, and its firing rates are counted."""
+
+    class Fires(LIF):
+        def forward(self, current):
+            return self.counted(torch.ones_like(current))
+
+    monkeypatch.setitem(NEURONS, "fires", Fires)
+    parameters = LIFParameters(tau=2.0)
+    model = ReSpike(num_classes=3, stride=2, neuron=parameters, neuron_type="fires", lif_backend=backend).eval()
+    layers = [layer for stage in model.lif_layers().values() for layer in stage]
+    assert [type(layer) for layer in layers] == 16 * [Fires]
+    assert {layer.parameters_ for layer in layers} == {parameters} and {layer.backend for layer in layers} == {backend}
+    with torch.no_grad(), FiringRates(model) as rates:
+        forward(model, stride=2, batch=1, frames=2, size=32)
+    assert rates.per_layer() == 16 * [1.0]
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -154,11 +176,14 @@ def test_reference_weights_of_another_backbone_are_refused():
         ({"fusion": "sum"}, "cross, concat"),
         ({"num_classes": 0}, "num_classes"),
         ({"snn_batch_norm": "x"}, "per-step, merged"),
+        ({"neuron_type": "izhikevich"}, "neuron_type must be one of lif"),
+        ({"lif_backend": "cuda"}, "lif_backend must be one of auto, triton"),
+        ({"neuron": LIFParameters(surrogate="triangle"), "lif_backend": "spikingjelly"}, "no surrogate triangle"),
         ({"weights": "/no/such/file"}, "no such file"),
     ],
 )
 def test_refused_settings(arguments, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         ReSpike(**arguments)
 
 
@@ -171,12 +196,13 @@ def test_refused_settings(arguments, message):
     ],
 )
 def test_refused_shapes(key, residual, message):
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(ValueError, match=message) as caught:
         ReSpike()(torch.zeros(key), torch.zeros(residual))
+    assert not isinstance(caught.value, UserError)  # the caller's fault, no flag can cause it
 
 
 def test_one_small_key_frame_cannot_be_normalised():
-    with pytest.raises(UserError, match="one key frame of 32 x 32 pixels alone"):
+    with pytest.raises(ValueError, match="one key frame of 32 x 32 pixels alone"):
         forward(ReSpike(), batch=1, frames=4, size=32)
     assert forward(ReSpike().eval(), batch=1, frames=4, size=32).shape == (1, 51)
 
