@@ -30,15 +30,14 @@ from models.heads.ensemble_array import EnsembleArray
 from models.heads.lmu import LMUHead
 from models.heads.neurons import NEURONS
 from utils.checkpoint import check_settings, kept_checkpoints, load_checkpoint, load_newest, save_checkpoint
-from utils.device import choose_device, cpu_count, device_name
-from utils.errors import ArgumentParser, UserError, worker_error
+from utils.device import choose_device, cpu_count, device_name, seed_all
+from utils.errors import ArgumentParser, UserError, explain_loading
 from utils.heads.config import Config, read_config
 from utils.heads.engine import evaluate, minibatches, train_epoch
 from utils.heads.features import Features, cached_features
 from utils.heads.plots import save_curves
 from utils.run_folder import RunFolder
 from utils.script import run_script
-from utils.seed import seed_all
 from utils.signals import StopRequest
 
 HEADS = ("ensemble_array", "lmu", "spiking_lmu")
@@ -141,7 +140,7 @@ def load_data(config: Config, train: VideoTable, test: VideoTable, device: torch
         return Data(
             partial(clip_batches, config, train, sampling, device, True),
             partial(clip_batches, config, test, sampling, device, False),
-            len(eval_clips(train, sampling)), torch.from_numpy(eval_clips(test, sampling)[:, 0]), cnn.width,
+            len(eval_clips(train, sampling)), torch.from_numpy(eval_clips(test, sampling)["video"].copy()), cnn.width,
             torch.zeros(cnn.width), torch.ones(cnn.width), cnn,
         )  # fmt: skip
     how = dict(
@@ -206,7 +205,7 @@ def clip_batches(
         for batch in make_loader(data, keys, loader.workers, pin):
             yield batch.clips.to(device, non_blocking=True), batch.labels.to(device, non_blocking=True)
     except UserError as error:
-        raise worker_error(error) from error
+        raise explain_loading(error) from error
 
 
 # ---- a head: built, trained, tested ------------------------------------------------------------------

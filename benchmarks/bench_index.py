@@ -92,8 +92,8 @@ def start_of_training(paths: list[str], folder: Path) -> float:
     run = RunFolder(Path(args.run_dir), resuming=True, overwrite=False)
     start = time.perf_counter()
     with contextlib.redirect_stdout(io.StringIO()):
-        videos = train_kinetics.find_videos(args, run, None)
-        data = train_kinetics.load_data(args, *videos, ALONE, None, pin=False)
+        _, *videos = train_kinetics.find_videos(args, run, None)
+        data = train_kinetics.load_data(args, *videos, ALONE, None)
     assert len(data.clip_ids) == cut
     return time.perf_counter() - start
 

@@ -21,8 +21,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dataset.residual import key_residual_split
 from models import ReSpike
-from utils.device import autocast, choose_precision, device_name
-from utils.runtime import join_processes
+from utils.device import device_name
+from utils.runtime import Runtime, join_run
 
 # (T, stride, size): one of them changes at a time.
 GRID = [(16, 4, 224), (8, 4, 224), (32, 4, 224), (16, 2, 224), (16, 8, 224), (16, 4, 128), (16, 4, 160), (16, 2, 128)]
@@ -42,26 +42,26 @@ def main() -> None:
     args = parse_args()
     if args.processes and int(os.environ.get("WORLD_SIZE", "1")) == 1:
         torch.set_num_threads(1)
-    device, processes = join_processes(args.device)
-    precision = choose_precision(device, amp=True)
+    runtime = join_run(args.device, amp=True)
+    device = runtime.device
     print(
         f"{device_name(device)}, {torch.get_num_threads()} threads each; torch {torch.__version__}; {args.model}, "
-        f"downsample, {args.batch_size} clips a process, {precision}; medians of {args.runs}"
+        f"downsample, {args.batch_size} clips a process, {runtime.precision}; medians of {args.runs}"
     )
     for frames, stride, size in [(16, 4, 128)] if args.processes else GRID:
         torch.manual_seed(0)
         model = ReSpike(args.model, num_classes=400, stride=stride, downsample=True)
         model = model.to(device, memory_format=torch.channels_last)
-        step = Step(processes.replicate(model, device), (args.batch_size, frames, size), stride, device, precision)
+        step = Step(runtime.replicate(model), (args.batch_size, frames, size), stride, runtime)
         if not args.processes:
             with FlopCounterMode(display=False) as counter:
                 step()
         seconds = [step() for _ in range(args.runs + 1)][1:]
         median = statistics.median(seconds)
         line = (
-            f"T {frames:2d} stride {stride} size {size}, {processes.count} processes: {median * 1e3:8.1f} ms "
+            f"T {frames:2d} stride {stride} size {size}, {runtime.count} processes: {median * 1e3:8.1f} ms "
             f"({min(seconds) * 1e3:.1f} to {max(seconds) * 1e3:.1f}), "
-            f"{processes.count * args.batch_size / median:.3f} clips/s"
+            f"{runtime.count * args.batch_size / median:.3f} clips/s"
         )
         if not args.processes:
             operations = counter.get_total_flops() / args.batch_size
@@ -76,19 +76,19 @@ def main() -> None:
 class Step:
     """One optimizer step on the same random clips; returns its seconds."""
 
-    def __init__(self, network, shape: tuple[int, int, int], stride: int, device, precision):
+    def __init__(self, network, shape: tuple[int, int, int], stride: int, runtime: Runtime):
         batch, frames, size = shape
         clip = torch.randint(0, 256, (batch, frames, size, size, 3), dtype=torch.uint8)
-        self.clip = clip.permute(0, 1, 4, 2, 3).to(device)
-        self.labels = torch.zeros(batch, dtype=torch.long, device=device)
-        self.network, self.stride, self.device, self.precision = network, stride, device, precision
+        self.clip = clip.permute(0, 1, 4, 2, 3).to(runtime.device)
+        self.labels = torch.zeros(batch, dtype=torch.long, device=runtime.device)
+        self.network, self.stride, self.runtime = network, stride, runtime
         self.optimizer = torch.optim.SGD(network.parameters(), lr=1e-4, momentum=0.9, fused=True)
 
     def __call__(self) -> float:
         self._synchronise()
         start = time.perf_counter()
         key, residual = key_residual_split(self.clip, self.stride)
-        with autocast(self.device, self.precision):
+        with self.runtime.autocast():
             loss = F.cross_entropy(self.network(key, residual).float(), self.labels)
         loss.backward()
         self.optimizer.step()
@@ -97,8 +97,8 @@ class Step:
         return time.perf_counter() - start
 
     def _synchronise(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        if self.runtime.device.type == "cuda":
+            torch.cuda.synchronize(self.runtime.device)
 
 
 def averaging_seconds(model, runs: int) -> float:

@@ -24,7 +24,8 @@ from benchmarks.plain_respike import PlainReSpike, plain_split
 from dataset.residual import key_residual_split
 from models import ReSpike
 from models.neurons import BACKENDS
-from utils.device import autocast, choose_algorithms
+from utils.device import choose_algorithms
+from utils.runtime import Runtime
 
 
 def parse_args() -> argparse.Namespace:
@@ -77,7 +78,7 @@ def main() -> None:
     )
     figures = report(args, device, times, peaks)
     if args.profile:
-        with autocast(device, torch.bfloat16):
+        with Runtime(device, torch.bfloat16).autocast():
             split = functools.partial(key_residual_split, dtype=torch.bfloat16)
             profile(device, ours.train(), split, clip, labels, args.stride, optimizers["ours bfloat16"])
     if args.json:
@@ -140,7 +141,7 @@ def measure(args, device, builds: dict, optimizers: dict, labels) -> tuple[dict,
                 if device.type == "cuda":
                     torch.cuda.reset_peak_memory_stats(device)
                     before = torch.cuda.memory_allocated(device)
-                with autocast(device, precision):  # as the engine: entered once for all batches of a test pass
+                with Runtime(device, precision).autocast():  # as the engine: once for a whole pass
                     function(*arguments)  # casts weights, warms caches
                     seconds = timed(function, device, *arguments)
                 if device.type == "cuda" and training and run > 0:  # the first tries algorithms

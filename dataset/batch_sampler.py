@@ -1,7 +1,7 @@
-"""In which order, and which process takes which: pure functions of (seed, epoch, position).
+"""Batch samplers: which clips each rank sees, in which order. Pure functions of (seed, epoch, position).
 
-Both samplers give batches of keys (epoch, clip), for `DataLoader(batch_sampler=...)`. Neither pads:
-no clip is seen twice.
+Both samplers give batches of keys (epoch, clip), for `DataLoader(batch_sampler=...)`. Neither pads: no clip is
+seen twice.
 """
 
 import random
@@ -12,10 +12,9 @@ from torch.utils.data import Sampler
 
 
 class TrainBatchSampler(Sampler):
-    """Shuffled anew each epoch. A step takes the next `batch_size` x `processes` clips of the epoch's one
-    order, `batch_size` of them to each process, so that W processes train on what one with a batch W
-    times as large would. The last step of an epoch takes what is left, shared out evenly; fewer clips
-    than processes are left out.
+    """Shuffled anew each epoch. A batch takes the next `batch_size` clips for each rank, so that W ranks train on
+    what one rank with a batch W times as large would. The last batch of an epoch shares out evenly what is left;
+    if fewer clips than ranks are left, they are left out.
 
     `set_position` chooses the epoch and how many of its clips are done already.
     """
@@ -29,12 +28,8 @@ class TrainBatchSampler(Sampler):
     def set_position(self, epoch: int, clips_done: int = 0) -> None:
         self._epoch, self._done = epoch, clips_done
 
-    def steps_done(self) -> int:
-        step = self.batch_size * self._processes
-        return -(-self._done // step)
-
     def sizes(self) -> list[int]:
-        """Clips of each batch to come, over all processes."""
+        """Clips of each batch to come, over all ranks."""
         step = self.batch_size * self._processes
         sizes = [min(step, self._clips - start) for start in range(self._done, self._clips, step)]
         return sizes[:-1] if sizes and sizes[-1] < self._processes else sizes
@@ -53,13 +48,14 @@ class TrainBatchSampler(Sampler):
 
 
 class EvalBatchSampler(Sampler):
-    """Every clip once, in order. Whole videos are dealt out to the processes, so that each can score its
-    own and only counts need adding; `steps` is the longest process's number of batches."""
+    """Every clip once, in order. Each rank gets whole videos, so that it can score them and only counts need
+    adding. `steps` is the largest number of batches that a rank has."""
 
     def __init__(self, clips: numpy.ndarray, batch_size: int, rank: int = 0, processes: int = 1):
-        owner = clips[:, 0] % processes
+        owner = clips["video"] % processes
         self._own = numpy.flatnonzero(owner == rank)
         self._batch_size = batch_size
+        self.clips = len(self._own)
         self.steps = -(-int(numpy.bincount(owner, minlength=1).max(initial=0)) // batch_size)
 
     def __len__(self) -> int:

@@ -1,8 +1,8 @@
-"""Which videos, what is in them and which clips of them: whole data sets in a few arrays.
+"""The videos of a data set, what is in them, and the clips of an epoch or a test, in a few arrays.
 
-Arrays, not lists of objects: a data loading process shares its parent's memory until it writes to it,
-and looking at a Python object writes its reference count. Kinetics-400 as objects would be copied,
-page by page, into every one of them.
+Arrays, not lists of objects: a data loading process shares its parent's memory until it writes to it, and
+looking at a Python object writes its reference count. Kinetics-400 as objects would be copied, page by page,
+into every data loading process.
 """
 
 import hashlib
@@ -13,21 +13,26 @@ from collections.abc import Sequence
 import numpy
 
 from dataset.decode import SeekPoint
+from dataset.frame_sampling import FrameSampling, WindowSampling
 from dataset.index import VideoInfo
 from dataset.splits import VideoRecord
+from utils.checkpoint import Checkpoint
+from utils.errors import UserError
 
-RANDOM_PLACE = -1  # a clip's place: drawn anew each epoch
-NO_VIDEO = -1  # a clip's video: it was there when the run started
+CLIP = numpy.dtype([("video", numpy.int64), ("place", numpy.int64), ("crop", numpy.int64)])
+# video: index into the table. place: in the video, as `dataset.frame_sampling` counts. crop: number of the transform.
+RANDOM_PLACE = -1  # the place is drawn anew each epoch
+NO_VIDEO = -1  # the video was there when the run started and is gone now
 
 
 class VideoTable:
-    """Path, name, label, number of frames and seek points of each video."""
+    """Path, id, label, number of frames and seek points of each video."""
 
     def __init__(self, records: Sequence[VideoRecord], infos: Sequence[VideoInfo]):
         paths = [os.fsencode(record.path) for record in records]
         self._paths = numpy.frombuffer(b"".join(paths), dtype=numpy.uint8)
         self._path_ends = numpy.cumsum([len(path) for path in paths], dtype=numpy.int64)
-        self.names = numpy.array([_number_of(record.name or record.path) for record in records], dtype=numpy.int64)
+        self.ids = numpy.array([_hash(record.name or record.path) for record in records], dtype=numpy.int64)
         self.labels = numpy.array([record.label for record in records], dtype=numpy.int64)
         self.frames = numpy.array([info.frames for info in infos], dtype=numpy.int64)
         points = [point for info in infos for point in info.seek_points]
@@ -50,68 +55,98 @@ def _bounds(ends: numpy.ndarray, number: int) -> tuple[int, int]:
     return (int(ends[number - 1]) if number else 0), int(ends[number])
 
 
-# Clips are an int64 array [clips, 3]: index of the video, place in it (`dataset.frame_sampling`), crop.
-
-
 def random_clips(videos: VideoTable) -> numpy.ndarray:
-    """One clip a video, its place drawn anew each epoch: each video counts once an epoch."""
-    return numpy.array([(video, RANDOM_PLACE, 0) for video in range(len(videos))], dtype=numpy.int64).reshape(-1, 3)
+    """CLIP [videos]: one clip a video, at a new place each epoch."""
+    return _clips([(video, RANDOM_PLACE, 0) for video in range(len(videos))])
 
 
-def dense_clips(videos: VideoTable, sampling, step_frames: int) -> numpy.ndarray:
-    """Every window of every video, `step_frames` apart: long videos count more, as published."""
-    clips = [
-        (video, place, 0)
-        for video, frames in enumerate(videos.frames.tolist())
-        for place in sampling.every_place(frames, step_frames)
-    ]
-    return numpy.array(clips, dtype=numpy.int64).reshape(-1, 3)
+def dense_clips(videos: VideoTable, sampling: WindowSampling, step_frames: int) -> numpy.ndarray:
+    """CLIP [clips]: every window of every video, `step_frames` apart. Long videos count more (as published)."""
+    return _clips(
+        [
+            (video, place, 0)
+            for video, frames in enumerate(videos.frames.tolist())
+            for place in sampling.every_place(frames, step_frames)
+        ]
+    )
 
 
-def eval_clips(videos: VideoTable, sampling, crops: int = 1) -> numpy.ndarray:
-    """The sampling's views of every video, each cropped `crops` times; a video's clips stand together."""
-    clips = [
-        (video, place, crop)
-        for video, frames in enumerate(videos.frames.tolist())
-        for place in sampling.places(frames)
-        for crop in range(crops)
-    ]
-    return numpy.array(clips, dtype=numpy.int64).reshape(-1, 3)
+def eval_clips(videos: VideoTable, sampling: FrameSampling, crops: int = 1) -> numpy.ndarray:
+    """CLIP [clips]: the views of every video, each cropped `crops` times. The clips of a video are neighbours."""
+    return _clips(
+        [
+            (video, place, crop)
+            for video, frames in enumerate(videos.frames.tolist())
+            for place in sampling.places(frames)
+            for crop in range(crops)
+        ]
+    )
 
 
-def count_short(videos: VideoTable, sampling) -> int:
-    """Videos too short for a clip without repeated frames."""
+def _clips(rows: list[tuple[int, int, int]]) -> numpy.ndarray:
+    return numpy.array(rows, dtype=CLIP)
+
+
+def count_short(videos: VideoTable, sampling: FrameSampling) -> int:
+    """How many videos have fewer frames than a clip, so that a clip repeats frames."""
     return sum(sampling.is_too_short(frames) for frames in videos.frames.tolist())
 
 
 def clip_ids(videos: VideoTable, clips: numpy.ndarray) -> numpy.ndarray:
-    """int64 [clips]: a name for each clip that holds from one start to the next and, as the folder that the
-    data set is in does not count, from one machine to another."""
-    own = videos.names.tolist()
-    return numpy.array([_number_of(f"{own[v]}@{place}/{crop}") for v, place, crop in clips.tolist()], dtype=numpy.int64)
+    """int64 [clips]: a 64-bit id for each clip. It depends on the path inside the data set only, so it is the same
+    after a restart and on another machine."""
+    own = videos.ids.tolist()
+    return numpy.array([_hash(f"{own[video]}@{place}/{crop}") for video, place, crop in clips.tolist()], numpy.int64)
 
 
-def _number_of(text: str) -> int:
+def _hash(text: str) -> int:
     digest = hashlib.blake2b(os.fsencode(text), digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)
 
 
 def fingerprint(videos: VideoTable, clips: numpy.ndarray) -> str:
-    """A short name of these clips in this order."""
+    """A short text that differs for other clips and for another order."""
     return f"{len(clips)} clips, {hashlib.blake2b(clip_ids(videos, clips).tobytes(), digest_size=4).hexdigest()}"
 
 
-def clips_in_order(videos: VideoTable, clips: numpy.ndarray, names: numpy.ndarray) -> tuple[numpy.ndarray, int]:
-    """(`clips` in the order of `names`, how many of `clips` are not among them).
+def clips_in_order(videos: VideoTable, clips: numpy.ndarray, ids: numpy.ndarray) -> tuple[numpy.ndarray, int]:
+    """(`clips` in the order of `ids`, how many of `clips` are not among `ids`).
 
-    The order of an epoch is one of places in this list, so a run that goes on must keep it although a
-    video has come or gone. A name without a clip becomes a place whose video is `NO_VIDEO`.
+    An epoch shuffles places in this list. A run that continues must keep the list, even if a video has come or
+    gone. An id without a clip becomes a clip of NO_VIDEO.
     """
     own = defaultdict(deque)  # a list may name a video twice
-    for number, name in enumerate(clip_ids(videos, clips).tolist()):
-        own[name].append(number)
-    kept = numpy.tile(numpy.array([NO_VIDEO, RANDOM_PLACE, 0], dtype=numpy.int64), (len(names), 1))
-    for place, name in enumerate(names.tolist()):
-        if own[name]:
-            kept[place] = clips[own[name].popleft()]
+    for number, clip in enumerate(clip_ids(videos, clips).tolist()):
+        own[clip].append(number)
+    kept = numpy.full(len(ids), numpy.array((NO_VIDEO, RANDOM_PLACE, 0), dtype=CLIP))
+    for place, clip in enumerate(ids.tolist()):
+        if own[clip]:
+            kept[place] = clips[own[clip].popleft()]
     return kept, sum(map(len, own.values()))
+
+
+def in_checkpoint_order(
+    videos: VideoTable, clips: numpy.ndarray, checkpoint: Checkpoint
+) -> tuple[numpy.ndarray, numpy.ndarray]:
+    """(clips, their ids) in the order of the checkpoint, so that the run continues with the clips that it was started
+    with, even if some videos have come or gone.
+
+    If more than a tenth has come or gone, it is another data set, which has its own order from the next epoch on.
+    Raises UserError if that happens in mid-epoch.
+    """
+    ids = checkpoint.state["clips"].numpy()
+    kept, new = clips_in_order(videos, clips, ids)
+    gone = int((kept["video"] == NO_VIDEO).sum())
+    if 10 * gone > len(ids) or 10 * new > len(ids):
+        if checkpoint.state["position"]["clips"] > 0:
+            raise UserError(
+                f"{checkpoint.path}: stopped in mid-epoch with another set of training clips: of its {len(ids)} clips "
+                f"{gone} are not there, {new} are new; continue with the same set until the epoch ends"
+            )
+        print(f"note: from here the training clips are others: {gone} of {len(ids)} are gone, {new} are new")
+        return clips, clip_ids(videos, clips)
+    if gone:
+        print(f"note: {gone} of {len(ids)} training clips are gone since the run started; their places stay empty")
+    if new:
+        print(f"note: {new} training clips are new since the run started and left out of it")
+    return kept, ids

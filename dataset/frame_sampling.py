@@ -1,11 +1,29 @@
-"""Number of frames -> frame indices. Pure arithmetic; a random choice takes its generator.
+"""Which frames of a video make a clip: number of frames -> frame indices. Pure arithmetic.
 
-Two ways to choose a clip, with the same three questions: `random` for training, `places` for the
-fixed clips of a video (a place is one integer), `at` for the frames of one of them.
+To add a sampling, write a class with the methods of `FrameSampling` and give it a name in SAMPLINGS.
 """
 
 import random
 from dataclasses import dataclass
+from typing import Protocol
+
+
+class FrameSampling(Protocol):
+    """A way to choose clips. A place is one integer that names a clip of a video."""
+
+    clip_frames: int
+
+    def random(self, video_frames: int, generator: random.Random) -> list[int]:
+        """The frame indices of a random clip, for training."""
+
+    def places(self, video_frames: int) -> list[int]:
+        """The clips that a video is tested on."""
+
+    def at(self, video_frames: int, place: int) -> list[int]:
+        """The frame indices of the clip at a place."""
+
+    def is_too_short(self, video_frames: int) -> bool:
+        """Whether a clip of such a video repeats frames."""
 
 
 def clip_span_frames(clip_frames: int, frame_stride: int) -> int:
@@ -76,7 +94,6 @@ class WindowSampling:
         return window(place, video_frames, self.clip_frames, self.frame_stride)
 
     def is_too_short(self, video_frames: int) -> bool:
-        """Whether a clip of such a video repeats frames."""
         return video_frames < clip_span_frames(self.clip_frames, self.frame_stride)
 
 
@@ -98,6 +115,16 @@ class SegmentSampling:
 
     def is_too_short(self, video_frames: int) -> bool:
         return video_frames < self.clip_frames
+
+
+SAMPLINGS = ("segments", "window")
+
+
+def frame_sampling(name: str, clip_frames: int, frame_stride: int, views: int) -> FrameSampling:
+    """name: one of SAMPLINGS. frame_stride: of a window. views: clips that a video is tested on."""
+    if name == "segments":
+        return SegmentSampling(clip_frames, views)
+    return WindowSampling(clip_frames, frame_stride, views)
 
 
 def _last_start(video_frames: int, clip_frames: int, frame_stride: int) -> int:

@@ -1,17 +1,34 @@
-"""What a start says of the files: missing, not listed, unreadable, damaged."""
+"""From a split to tables of the videos that can be read. The rest is printed and listed in files."""
 
-from dataset.index import VideoInfo
-from dataset.splits import Split
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from dataset.clips import VideoTable
+from dataset.index import VideoIndex
+from dataset.splits import Split, VideoRecord, cut_validation
+from utils.device import cpu_count
 from utils.errors import UserError
-from utils.run_folder import RunFolder
 
 
-def report_files(run: RunFolder | None, split: Split, infos: dict[str, VideoInfo], strict: bool) -> None:
-    """Print counts and the first of each kind; every name goes to a file in the run folder,
-    where there is one to write to.
+def readable_videos(
+    split: Split,
+    index: VideoIndex,
+    strict: bool,
+    write_list: Callable[[str, Sequence[str]], Path] | None,
+    val_fraction: float = 0.0,
+    seed: int = 0,
+) -> tuple[VideoTable, VideoTable, VideoTable]:
+    """The readable videos to train, to validate and to test on.
 
-    Raises UserError under `strict` where a video cannot be read.
+    strict: raise UserError if any video cannot be read.
+    write_list: takes a file name and lines and returns the file; None keeps no lists.
+    val_fraction, seed: as for `dataset.splits.cut_validation`, of the training videos.
+
+    Prints how many videos are missing, not on the lists, unreadable or damaged, and the first of each. Raises
+    UserError if no video to train on, or none to test on, can be read.
     """
+    infos = index.lookup([record.path for record in split.train + split.test], workers=cpu_count())
     print(f"data: {split.classes_on_disk()} of {len(split.classes)} classes have videos on disk")
     unreadable = [info.error for info in infos.values() if info.error]
     damaged = [path for path, info in infos.items() if info.damaged_packets]
@@ -21,8 +38,21 @@ def report_files(run: RunFolder | None, split: Split, infos: dict[str, VideoInfo
         ("unreadable", unreadable, "videos cannot be read and are left out"),
         ("damaged", damaged, "videos have damaged packets; their decodable frames are used"),
     ):
-        where = "" if run is None else f" (all in {run.write_list(f'{name}.txt', lines)})"
+        listed = "" if write_list is None else f" (all in {write_list(f'{name}.txt', lines)})"
         if lines:
-            print(f"data: {len(lines)} {meaning}, the first: {lines[0]}{where}")
+            print(f"data: {len(lines)} {meaning}, the first: {lines[0]}{listed}")
     if unreadable and strict:
         raise UserError(f"--strict: {len(unreadable)} videos cannot be read, the first: {unreadable[0]}")
+
+    def kept(records: list[VideoRecord]) -> list[VideoRecord]:
+        return [record for record in records if not infos[record.path].error]
+
+    readable = replace(split, train=kept(split.train), test=kept(split.test))
+    for part, before, now in (("train", split.train, readable.train), ("test", split.test, readable.test)):
+        if before and not now:
+            raise UserError(f"none of the {len(before)} videos to {part} on can be read, the first: {unreadable[0]}")
+    train, val = readable.train, []
+    if val_fraction > 0 and train:
+        train, val = cut_validation(train, val_fraction, seed)
+    train, val, test = (VideoTable(part, [infos[r.path] for r in part]) for part in (train, val, readable.test))
+    return train, val, test

@@ -1,7 +1,7 @@
 """Clips out of videos, and clips into batches.
 
-A clip is a function of (seed, epoch, index) alone: not of the worker that makes it, their number or
-what was drawn before. That is what makes a resumed run see what an undisturbed one would have.
+A clip is a function of (seed, epoch, index) alone. It does not depend on the worker that makes it, on the number
+of workers, or on what was drawn before. So a resumed run sees what an undisturbed one would have seen.
 """
 
 import random
@@ -17,16 +17,15 @@ from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from dataset.clips import NO_VIDEO, RANDOM_PLACE, VideoTable
 from dataset.decode import VideoError, decode_frames
+from dataset.frame_sampling import FrameSampling
 from utils.signals import leave_signals_to_the_main_process
 
-# A file that cannot be read now may be readable again after a network drive's hiccup.
-RETRY_SECONDS = (1.0, 5.0)
-# After so many in a row it is no hiccup, and waiting would keep the run from noticing.
-_WORTH_WAITING_IN_A_ROW = 2
+# A file that cannot be read now may be readable again after a hiccup of the network drive.
+RETRY_SECONDS = 1.0
 
 
 class FailedVideo(NamedTuple):
-    video: int  # index into the table; NO_VIDEO where it was known to be gone
+    video: int  # index into the table; NO_VIDEO if it was known to be gone
     error: str  # one line
 
 
@@ -34,22 +33,25 @@ class VideoBatch(NamedTuple):
     clips: Tensor  # uint8 [B, T, 3, H, W]; B may be smaller than asked for, even 0
     labels: Tensor  # int64 [B]
     videos: Tensor  # int64 [B], index into the data set's table
-    failed: Sequence[FailedVideo]  # what would have been in this batch, could it have been read
+    failed: Sequence[FailedVideo]  # clips left out because their video could not be read
 
 
 class VideoDataset(Dataset):
     """Clips of videos. Item (epoch, index) -> (uint8 [T, 3, H, W], label, video), or a `FailedVideo`.
 
-    clips: int64 [clips, 3] (`dataset.clips`). transforms: one for each crop a clip may name. A file that
-    cannot be decoded is tried again after RETRY_SECONDS, then becomes a `FailedVideo`, or, under
-    `strict`, raises VideoError.
+    videos: the table.
+    clips: CLIP [clips] (`dataset.clips`).
+    sampling: which frames make a clip.
+    transforms: one for each crop that a clip may name.
+    seed: of all that is drawn.
+    strict: raise VideoError for a file that cannot be decoded, even at a second try; else it is a `FailedVideo`.
     """
 
     def __init__(
         self,
         videos: VideoTable,
         clips: numpy.ndarray,
-        sampling,
+        sampling: FrameSampling,
         transforms: Sequence[Callable[[Tensor], Tensor]],
         seed: int,
         strict: bool = False,
@@ -60,8 +62,6 @@ class VideoDataset(Dataset):
         self._transforms = transforms
         self._seed = seed
         self._strict = strict
-        self._given_up: set[int] = set()  # videos that are not worth the wait again
-        self._failed_in_a_row = 0
         self._latest: tuple[tuple[int, int], numpy.ndarray] | None = None
 
     def __len__(self) -> int:
@@ -84,14 +84,14 @@ class VideoDataset(Dataset):
                 raise
             return FailedVideo(video, str(error))
         clip = torch.from_numpy(decoded).permute(0, 3, 1, 2)  # [T, 3, H, W]
-        # torchvision's transforms draw from the global generator; nobody else's state may move.
+        # torchvision's transforms draw from the global generator, whose state must not change for others.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(generator.getrandbits(63))
             clip = self._transforms[crop](clip)
         return clip, int(self.videos.labels[video]), video
 
     def _decode_fixed(self, video: int, place: int, frames: int) -> numpy.ndarray:
-        # Several crops of one view stand together: it is decoded once for all of them.
+        # The crops of one view are neighbours: the view is decoded once for all of them.
         if len(self._transforms) == 1:
             return self._decode(video, self._sampling.at(frames, place))
         if self._latest is None or self._latest[0] != (video, place):
@@ -101,20 +101,11 @@ class VideoDataset(Dataset):
     def _decode(self, video: int, indices: list[int]) -> numpy.ndarray:
         """uint8 [T, H, W, 3]"""
         path, seek_points = self.videos.path(video), self.videos.seek_points(video)
-        hopeless = video in self._given_up or self._failed_in_a_row >= _WORTH_WAITING_IN_A_ROW
-        waits = iter(() if hopeless else RETRY_SECONDS)
-        while True:
-            try:
-                frames = decode_frames(path, indices, seek_points)
-                self._failed_in_a_row = 0
-                return frames
-            except VideoError:
-                seconds = next(waits, None)
-                if seconds is None:
-                    self._given_up.add(video)
-                    self._failed_in_a_row += 1
-                    raise
-                time.sleep(seconds)
+        try:
+            return decode_frames(path, indices, seek_points)
+        except VideoError:
+            time.sleep(RETRY_SECONDS)
+            return decode_frames(path, indices, seek_points)
 
 
 def collate(samples: list[tuple[Tensor, int, int] | FailedVideo]) -> VideoBatch:
@@ -124,13 +115,13 @@ def collate(samples: list[tuple[Tensor, int, int] | FailedVideo]) -> VideoBatch:
         none = torch.zeros(0, dtype=torch.int64)
         return VideoBatch(torch.zeros(0, 1, 3, 1, 1, dtype=torch.uint8), none, none.clone(), failed)
     clips, labels, videos = zip(*samples, strict=True)
-    # Stacked as they were decoded, colour last, and only seen as [B, T, 3, H, W]: no transposed copy
-    # on the way to the device, where the network wants it channels-last again.
+    # Stacked as they were decoded, colour last, and viewed as [B, T, 3, H, W]. No transposed copy is made on the
+    # way to the device, where the network wants them channels-last again.
     clips = [clip.permute(0, 2, 3, 1) for clip in clips]
     stacked = torch.empty(len(clips), *clips[0].shape, dtype=torch.uint8)  # [B, T, H, W, 3]
     if get_worker_info() is not None:
-        # Into the memory that the main process will read. Left to the queue that takes the batch there, it
-        # would be copied once more, and a full /dev/shm would be an error that nobody hears of.
+        # Into the memory that the main process will read. Else the queue would copy the batch once more, and
+        # nobody would hear of a full /dev/shm.
         stacked.share_memory_()
     torch.stack(clips, out=stacked)
     return VideoBatch(stacked.permute(0, 1, 4, 2, 3), torch.tensor(labels), torch.tensor(videos), failed)
@@ -147,6 +138,6 @@ def make_loader(dataset: VideoDataset, batches: Sampler, workers: int, pin: bool
         persistent_workers=workers > 0,
         prefetch_factor=2 if workers > 0 else None,
         worker_init_fn=leave_signals_to_the_main_process,
-        # Not what newer versions of Python start by default: workers end with the process they are forked from.
+        # Forked, also by newer versions of Python: workers end with the process that they are forked from.
         multiprocessing_context="fork" if workers > 0 and sys.platform == "linux" else None,
     )

@@ -4,6 +4,7 @@ import numpy
 import pytest
 import torch
 
+from dataset.device_loader import to_device
 from dataset.residual import key_residual_split
 from models import ReSpike
 from models.kernels.parameters import LIFParameters
@@ -13,7 +14,6 @@ from tests.helpers.script import command_line, finish, metrics, start_python
 from tests.models.test_golden import CASES, GOLDEN, TOLERANCE, build, golden_input
 from tests.utils.training.test_engine import make_loader
 from utils.device import choose_precision
-from utils.training.engine import to_device
 
 pytestmark = pytest.mark.gpu
 

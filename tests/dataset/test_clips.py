@@ -49,13 +49,13 @@ def test_a_quarter_of_a_million_videos_in_a_few_megabytes():
 
 def test_clips():
     videos = table()
-    assert random_clips(videos).tolist() == [[video, RANDOM_PLACE, 0] for video in range(4)]
+    assert random_clips(videos).tolist() == [(video, RANDOM_PLACE, 0) for video in range(4)]
     windows = WindowSampling(16, views=2)
-    assert dense_clips(videos, windows, 16)[:4].tolist() == [[0, 0, 0], [0, 16, 0], [0, 32, 0], [1, 0, 0]]
-    assert eval_clips(videos, windows)[:4].tolist() == [[0, 0, 0], [0, 32, 0], [1, 0, 0], [1, 0, 0]]
+    assert dense_clips(videos, windows, 16)[:4].tolist() == [(0, 0, 0), (0, 16, 0), (0, 32, 0), (1, 0, 0)]
+    assert eval_clips(videos, windows)[:4].tolist() == [(0, 0, 0), (0, 32, 0), (1, 0, 0), (1, 0, 0)]
     segments = SegmentSampling(16, views=2)
     assert eval_clips(videos, segments, crops=3)[3:9].tolist() == [
-        [0, 1, 0], [0, 1, 1], [0, 1, 2], [1, 0, 0], [1, 0, 1], [1, 0, 2],
+        (0, 1, 0), (0, 1, 1), (0, 1, 2), (1, 0, 0), (1, 0, 1), (1, 0, 2),
     ]  # fmt: skip
     assert count_short(videos, windows) == 1 and count_short(videos, WindowSampling(16, 4)) == 3
 
@@ -73,12 +73,12 @@ def test_an_order_outlives_videos_that_come_and_go():
     names = clip_ids(before, random_clips(before))[[2, 0, 3, 1]]
     after = table([PATHS[3], "/data/e/new.avi", PATHS[0], PATHS[2]])
     kept, new = clips_in_order(after, random_clips(after), names)
-    assert kept[:, 0].tolist() == [3, 2, 0, NO_VIDEO] and new == 1
+    assert kept["video"].tolist() == [3, 2, 0, NO_VIDEO] and new == 1
 
 
 def test_a_video_listed_twice_keeps_both_places():
     twice = table([PATHS[0], PATHS[0], PATHS[1]])
     names = clip_ids(twice, random_clips(twice))
     kept, new = clips_in_order(twice, random_clips(twice), names)
-    assert new == 0 and kept[:, 0].tolist() == [0, 1, 2]
+    assert new == 0 and kept["video"].tolist() == [0, 1, 2]
     assert numpy.array_equal(names[:1], names[1:2])

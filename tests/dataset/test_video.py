@@ -23,7 +23,7 @@ def videos(tiny_demo) -> VideoTable:
 
 @pytest.fixture(autouse=True)
 def no_waiting(monkeypatch):
-    monkeypatch.setattr(dataset.video, "RETRY_SECONDS", (0.0, 0.0))
+    monkeypatch.setattr(dataset.video, "RETRY_SECONDS", 0.0)
 
 
 def training(videos, seed=0, sampling=WINDOW, **more):
@@ -148,44 +148,30 @@ def test_a_video_that_breaks_later_is_named_and_left_out(breakable):
         training(breakable, strict=True)[0, 2]
 
 
-def test_a_hiccup_is_retried(videos, monkeypatch):
+def test_a_hiccup_is_retried_once(videos, monkeypatch):
     calls = []
     original = dataset.video.decode_frames
 
-    def hiccup(*arguments):
-        calls.append(arguments)
-        if len(calls) <= 2:
-            raise VideoError("x.avi: Input/output error")
-        return original(*arguments)
+    def failing(times):
+        def decode(*arguments):
+            calls.append(arguments)
+            if len(calls) <= times:
+                raise VideoError("x.avi: Input/output error")
+            return original(*arguments)
+
+        return decode
 
     want = training(videos)[0, 0][0]
-    monkeypatch.setattr(dataset.video, "decode_frames", hiccup)
-    assert torch.equal(training(videos)[0, 0][0], want) and len(calls) == 3
-
-
-def test_what_was_given_up_is_not_waited_for_again(videos, monkeypatch):
-    calls = []
-
-    def broken(*arguments):
-        calls.append(arguments)
-        raise VideoError("x.avi: Input/output error")
-
-    monkeypatch.setattr(dataset.video, "decode_frames", broken)
-    data = training(videos)
-    assert isinstance(data[0, 0], FailedVideo) and len(calls) == 3
-    assert isinstance(data[1, 0], FailedVideo) and len(calls) == 4
-    # Two in a row are no hiccup: nothing is waited for until something can be read again.
-    assert isinstance(data[1, 1], FailedVideo) and len(calls) == 5
-    monkeypatch.undo()
-    assert not isinstance(data[1, 2], FailedVideo)
-    monkeypatch.setattr(dataset.video, "decode_frames", broken)
-    monkeypatch.setattr(dataset.video, "RETRY_SECONDS", (0.0, 0.0))
-    assert isinstance(data[1, 3], FailedVideo) and len(calls) == 8
+    monkeypatch.setattr(dataset.video, "decode_frames", failing(1))
+    assert torch.equal(training(videos)[0, 0][0], want) and len(calls) == 2
+    calls.clear()
+    monkeypatch.setattr(dataset.video, "decode_frames", failing(2))
+    assert training(videos)[0, 0] == FailedVideo(0, "x.avi: Input/output error") and len(calls) == 2
 
 
 def test_places_of_videos_that_are_gone_stay_empty(videos):
     clips = random_clips(videos)
-    clips[4, 0] = NO_VIDEO
+    clips["video"][4] = NO_VIDEO
     data = VideoDataset(videos, clips, WINDOW, [resized_crop(32, flip=True)], 0)
     assert data[0, 4] == FailedVideo(NO_VIDEO, "")
     assert torch.equal(data[0, 5][0], training(videos)[0, 5][0])  # the others are what they were

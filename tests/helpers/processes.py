@@ -18,6 +18,7 @@ from torch import nn
 
 from dataset.batch_sampler import EvalBatchSampler, TrainBatchSampler
 from dataset.clips import NO_VIDEO, VideoTable, eval_clips, random_clips
+from dataset.device_loader import DeviceLoader
 from dataset.frame_sampling import SegmentSampling
 from dataset.index import VideoInfo, probe
 from dataset.splits import VideoRecord
@@ -26,10 +27,9 @@ from dataset.video import VideoDataset, make_loader
 from models import ReSpike
 from models.batch_norm import BATCH_NORMS, SyncStepBatchNorm2d, synchronise_batch_norm
 from models.neurons import LIF
-from utils.runtime import Processes, join_processes
+from utils.runtime import Runtime, join_run
 from utils.training.engine import TrainPosition, evaluate, train_one_epoch
 
-CPU = torch.device("cpu")
 SEGMENTS = SegmentSampling(4)
 
 
@@ -52,24 +52,24 @@ class Double(nn.Module):
 
 
 def compute(folder: str, out: str) -> None:
-    _, processes = join_processes("cpu")
-    results = {"counts": count(folder, processes)}
-    if 8 % processes.count == 0:
+    runtime = join_run("cpu", amp=False)
+    results = {"counts": count(folder, runtime)}
+    if 8 % runtime.count == 0:
         for batch_norm in ("fixed", "per-step", "merged"):
-            results[batch_norm] = one_step(folder, processes, 8 // processes.count, 1, batch_norm)
+            results[batch_norm] = one_step(folder, runtime, 8 // runtime.count, 1, batch_norm)
         # With two batches a step; they have statistics of their own: only fixed ones can agree.
-        results["accumulated"] = one_step(folder, processes, 4 // processes.count, 2, "fixed")
+        results["accumulated"] = one_step(folder, runtime, 4 // runtime.count, 2, "fixed")
         # The second batch's videos are gone: all of them, or those of the second of two processes, which is
         # enough for the batch to be left out by both.
-        gone = range(4, 8) if processes.count == 1 else range(6, 8)
-        results["empty batch"] = one_step(folder, processes, 4 // processes.count, 2, "fixed", gone)
-        results["fused"] = fused_batch_norm(processes)
-    if processes.is_main:
+        gone = range(4, 8) if runtime.count == 1 else range(6, 8)
+        results["empty batch"] = one_step(folder, runtime, 4 // runtime.count, 2, "fixed", gone)
+        results["fused"] = fused_batch_norm(runtime)
+    if runtime.is_main:
         torch.save(results, out)
 
 
 def one_step(
-    folder: str, processes: Processes, batch_size: int, accumulate: int, batch_norm: str, gone: Sequence[int] = ()
+    folder: str, runtime: Runtime, batch_size: int, accumulate: int, batch_norm: str, gone: Sequence[int] = ()
 ) -> dict:
     """gone: places in the epoch's order whose videos are."""
     torch.manual_seed(3)
@@ -85,23 +85,24 @@ def one_step(
     clips = random_clips(videos)
     (order,) = TrainBatchSampler(len(clips), len(clips), seed=0)
     for place in gone:
-        clips[order[place][1], 0] = NO_VIDEO
+        clips["video"][order[place][1]] = NO_VIDEO
     data = VideoDataset(videos, clips, SEGMENTS, [multi_scale_crop(32, flip=False)], seed=0)
-    batches = TrainBatchSampler(len(data), batch_size, seed=0, rank=processes.rank, processes=processes.count)
+    batches = TrainBatchSampler(len(data), batch_size, seed=0, rank=runtime.rank, processes=runtime.count)
     # Steps of size one, without momentum, leave the gradient as the difference of the weights.
     before = {name: value.detach().clone() for name, value in double.named_parameters()}
     stop = iter([False, True])
     train_one_epoch(
-        processes.replicate(double, CPU, accumulates=accumulate > 1), make_loader(data, batches, 0, pin=False),
+        runtime.replicate(double, accumulates=accumulate > 1),
+        DeviceLoader(make_loader(data, batches, 0, pin=False), 2, runtime),
         torch.optim.SGD(double.parameters(), lr=1.0), torch.amp.GradScaler("cpu", enabled=False),
-        device=CPU, precision=None, stride=2, epochs=1, position=TrainPosition(),
-        accumulation_steps=accumulate, processes=processes, should_stop=lambda: next(stop),
+        nn.CrossEntropyLoss(), runtime,
+        position=TrainPosition(), accumulation_steps=accumulate, should_stop=lambda: next(stop),
     )  # fmt: skip
     gradients = {name: before[name] - value.detach() for name, value in double.named_parameters()}
     return {"gradients": gradients, "buffers": dict(double.named_buffers())}
 
 
-def fused_batch_norm(processes: Processes) -> dict:
+def fused_batch_norm(runtime: Runtime) -> dict:
     """Synchronised batch norm with neurons behind it on the fused kernels (in Triton's interpreter), per step and
     merged: gradients and running statistics."""
     found = {}
@@ -110,20 +111,20 @@ def fused_batch_norm(processes: Processes) -> dict:
         norm = SyncStepBatchNorm2d(5, mode, backend="triton").double().train()
         x = torch.randn(3, 8, 5, 4, 4, dtype=torch.float64)
         weights = torch.randn_like(x)
-        own = slice(processes.rank * 8 // processes.count, (processes.rank + 1) * 8 // processes.count)
+        own = slice(runtime.rank * 8 // runtime.count, (runtime.rank + 1) * 8 // runtime.count)
         inputs = x[:, own].clone().requires_grad_()
         total, spikes = norm(inputs, neuron=LIF(backend="triton"))
         (total * weights[:, own] + spikes * weights[:, own]).sum().backward()
         whole = torch.zeros_like(x)
         whole[:, own] = inputs.grad
         for value in (whole, norm.weight.grad, norm.bias.grad):
-            dist.all_reduce(value) if processes.count > 1 else None
+            dist.all_reduce(value) if runtime.count > 1 else None
         found |= {f"{mode} {name}": value for name, value in norm.named_buffers()}
         found |= {f"{mode} x": whole, f"{mode} weight": norm.weight.grad, f"{mode} bias": norm.bias.grad}
     return {"gradients": found, "buffers": {}}
 
 
-def count(folder: str, processes: Processes) -> list[dict]:
+def count(folder: str, runtime: Runtime) -> list[dict]:
     torch.manual_seed(5)
     model = ReSpike(num_classes=8, stride=2)
     for name, buffer in model.named_buffers():  # so that the classes differ from video to video
@@ -133,20 +134,19 @@ def count(folder: str, processes: Processes) -> list[dict]:
     for videos in (table(folder, 7), table(folder, 101)):
         views = SegmentSampling(4, views=2)
         data = VideoDataset(videos, eval_clips(videos, views), views, eval_transforms(32, 36), seed=0)
-        batches = EvalBatchSampler(data.clips, 4, processes.rank, processes.count)
-        loader = make_loader(data, batches, 0, pin=False)
-        passes = dict(device=CPU, precision=None, stride=2, task="test", processes=processes)
-        results.append(evaluate(model, loader, 8, **passes)["counts"])
+        batches = EvalBatchSampler(data.clips, 4, runtime.rank, runtime.count)
+        loader = DeviceLoader(make_loader(data, batches, 0, pin=False), 2, runtime)
+        results.append(evaluate(model, loader, runtime)["counts"])
     return results
 
 
 def train(log: str, script: str, *flags: str) -> None:
     """Adds lines (epoch, clips done, videos) to `log`.<rank> for each batch that is trained on."""
-    import utils.training.engine
     import utils.training.fit
+    import utils.training.metrics
 
     at = {}
-    epoch, add = utils.training.fit.train_one_epoch, utils.training.engine._LossWatch.add
+    epoch, add = utils.training.fit.train_one_epoch, utils.training.metrics.LossWatch.add
 
     def remembering(*arguments, position, **more):
         at["position"] = position
@@ -157,7 +157,7 @@ def train(log: str, script: str, *flags: str) -> None:
             file.write(json.dumps([at["position"].epoch, at["position"].clips, videos.tolist()]) + "\n")
         add(watch, loss, videos)
 
-    utils.training.fit.train_one_epoch, utils.training.engine._LossWatch.add = remembering, logging
+    utils.training.fit.train_one_epoch, utils.training.metrics.LossWatch.add = remembering, logging
     sys.argv = [script, *flags]
     runpy.run_path(script, run_name="__main__")
 

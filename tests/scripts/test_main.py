@@ -359,7 +359,7 @@ def test_a_video_that_is_lost_end_to_end(refused, monkeypatch, workers):
     def fail(path, *_):
         raise VideoError(f"{path}: cannot be decoded")
 
-    monkeypatch.setattr(dataset.video, "RETRY_SECONDS", ())
+    monkeypatch.setattr(dataset.video, "RETRY_SECONDS", 0.0)
     monkeypatch.setattr(dataset.video, "decode_frames", fail)
     refused(r"^error: \S+\.avi: cannot be decoded", end_to_end=True, workers=workers)
 

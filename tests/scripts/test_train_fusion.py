@@ -32,7 +32,11 @@ def test_a_run_and_its_folder(monkeypatch, capfd, flags):
     assert config["flags"]["stride"] == 2 and config["versions"]["torch"] and "git_commit" in config
     assert load_checkpoint(run / "last.pt")["position"]["epoch"] == 2 and (run / "best.pt").is_file()
     assert len(list(run.glob("events.out.tfevents.*"))) == 1
-    assert "selected on the test set itself" in out and "8 of 8 classes" in out and "8 to test, 2 clips each" in out
+    assert (
+        "selected on the test set itself" in out
+        and "8 of 8 classes" in out
+        and "8 to test, 2 views x 1 crops each" in out
+    )
 
 
 def test_tensorboard_holds_metrics_and_a_picture(monkeypatch, capfd, flags):

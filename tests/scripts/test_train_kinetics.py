@@ -168,7 +168,7 @@ def test_the_newest_checkpoint_is_damaged(monkeypatch, capfd, list_flags, undist
 
 
 def test_a_video_deleted_and_one_corrupted_in_mid_epoch(monkeypatch, capfd, list_flags, tiny_demo, tmp_path):
-    monkeypatch.setattr("dataset.video.RETRY_SECONDS", (0.0,))
+    monkeypatch.setattr("dataset.video.RETRY_SECONDS", 0.0)
     root = shutil.copytree(tiny_demo[0].parent, tmp_path / "demo")
     flags = list_flags | {"--data-root": root, "--epochs": 3, "-b": 4}
     deleted, corrupted = sorted(root.glob("videos/*/train*.avi"))[1:3]

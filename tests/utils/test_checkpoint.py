@@ -13,8 +13,8 @@ from utils.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
+from utils.device import random_state, seed_all, set_random_state
 from utils.errors import UserError
-from utils.seed import random_state, seed_all, set_random_state
 
 
 def save(path, value=1.0, keep=1):
@@ -150,7 +150,7 @@ def test_auto_takes_the_one_before_a_damaged_one(tmp_path, capsys):
     path, state = find_checkpoint("auto", tmp_path)
     assert path.name == "last-1.pt" and state["model"]["w"][0] == 1.0
     said = capsys.readouterr().out
-    assert "last.pt is damaged" in said and "last.damaged" in said and "going on from last-1.pt" in said
+    assert "last.pt is damaged" in said and "last.damaged" in said and "continuing from last-1.pt" in said
     # The damaged one takes no whole one's place when the next is written.
     save(tmp_path / "last.pt", 9.0, keep=3)
     assert [value_of(path) for path in kept_checkpoints(tmp_path)] == [9.0, 1.0, 0.0]

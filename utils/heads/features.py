@@ -86,7 +86,7 @@ def cached_features(
     _check_videos(videos, data_file)
     files = _Files(data_file, labels_file)
     clips = eval_clips(videos, sampling)
-    labels = videos.labels[clips[:, 0]]
+    labels = videos.labels[clips["video"]]
     parts = _parts(videos, sampling, size, network, description)
     try:
         fault = _fault_of_data(files, parts)
@@ -110,7 +110,7 @@ def cached_features(
             f"{data_file}: cannot be read or built ({error.strerror or error}); "
             "name a file in a writable folder with enough room"
         ) from error
-    return Features(data, labels, clips[:, 0])
+    return Features(data, labels, clips["video"])
 
 
 def _check_names(data_file: Path, labels_file: Path) -> None:

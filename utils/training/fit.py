@@ -1,5 +1,6 @@
-"""A whole training run: epochs, selection, metrics, checkpoints, and leaving when asked to."""
+"""A whole training run: epochs, the best epoch, metrics, checkpoints, and leaving when asked to."""
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -8,59 +9,96 @@ from pathlib import Path
 import numpy
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
-from dataset.clips import NO_VIDEO, VideoTable, clip_ids, clips_in_order
-from utils.checkpoint import CheckpointError, check_settings, save_checkpoint
-from utils.device import peak_memory_bytes
+from dataset.device_loader import DeviceLoader
+from utils.checkpoint import Checkpoint, CheckpointError, check_settings, load_checkpoint, save_checkpoint
+from utils.device import peak_memory_bytes, random_state, set_random_state
 from utils.errors import OtherProcessError, UserError
 from utils.plots import key_residual_picture
 from utils.run_folder import RunFolder
-from utils.runtime import Processes
-from utils.seed import random_state, set_random_state
+from utils.runtime import Runtime
 from utils.signals import StopRequest
-from utils.training.engine import NonFiniteLossError, TrainPosition, evaluate, train_one_epoch
-from utils.training.feed import BrokenVideos
+from utils.training.engine import TrainPosition, evaluate, train_one_epoch
+from utils.training.feed import UnreadableVideos
+from utils.training.flags import NOT_TRAINING_FLAGS
+from utils.training.metrics import NonFiniteLossError, StepLog
 
-NO_BEST = {"epoch": None, "video_top1": -1.0}
+NO_BEST_EPOCH = {"epoch": None, "video_top1": -1.0}
+# Checkpoints from before these were settings were trained with them.
+_EARLIER_SETTINGS = {"neuron": "lif", "tau": 4 / 3, "surrogate": "atan", "alpha": 2.0}
+_EARLIER_FLAGS = {"momentum": 0.9}
 
 
 @dataclass
 class TrainingState:
-    """Everything a run needs to go on: what a checkpoint holds.
+    """Everything that a run needs to continue: what a checkpoint holds.
 
-    The learning rate is no part of it: it is a function of the epoch and the flags, as are the
-    optimizer's other settings, so that a resumed run follows the flags it is given.
+    The learning rate is not part of it. It is a function of the epoch and the flags, as are the optimizer's other
+    settings, so a resumed run follows the flags that it is given.
     """
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
+    runtime: Runtime
     settings: dict  # of the network; a checkpoint with others is refused
-    clips: numpy.ndarray  # names of the training clips (`dataset.clips.clip_ids`) whose order an epoch shuffles
-    selection: str  # which videos the best epoch is chosen on
-    flags: dict  # of the script, and the number of processes
+    clip_ids: numpy.ndarray  # of the training clips (`dataset.clips.clip_ids`), whose order an epoch shuffles
+    evaluated_clips: str  # fingerprint of the clips that the best epoch is chosen on
+    flags: dict  # of the script
     position: TrainPosition
-    best: dict = field(default_factory=lambda: dict(NO_BEST))
+    best: dict = field(default_factory=lambda: dict(NO_BEST_EPOCH))
     restored_from: Path | None = None
 
-    def save(self, path: Path, keep: int = 1) -> None:
-        """Write all of it and the random state to `path`, atomically. Raises UserError."""
-        parts = {name: getattr(self, name).state_dict() for name in ("model", "optimizer", "scaler")}
-        rest = {name: getattr(self, name) for name in ("selection", "flags", "best")}
-        rest |= {"clips": torch.from_numpy(self.clips), "position": vars(self.position), "random": random_state()}
-        save_checkpoint(path, {"model_settings": self.settings, **parts, **rest}, keep)
+    def __post_init__(self):
+        for group in self.optimizer.param_groups:
+            group.setdefault("initial_lr", group["lr"])  # its peak, as torch.optim.lr_scheduler names it
 
-    def restore(self, path: Path, state: dict, flags_that_may_differ: set[str]) -> None:
-        """Become what `utils.checkpoint.find_checkpoint` found, and say which flags differ. Raises UserError."""
-        check_settings(path, state["model_settings"], self.settings)
-        position = TrainPosition(**state["position"])
-        if position.clips > 0 and state["flags"]["seed"] != self.flags["seed"]:
+    def save(self, path: Path, keep: int = 1) -> None:
+        """Write all of it and the random state to `path`, atomically. All ranks call it. Raises UserError."""
+        sums = self.position.sums
+        if sums is None:
+            sums = torch.zeros(4, dtype=torch.float64, device=self.runtime.device)
+        scores = self.runtime.sum(sums).tolist()
+        self.runtime.from_main(self._write, path, keep, scores)
+
+    def _write(self, path: Path, keep: int, scores: list[float]) -> None:
+        state = {name: getattr(self, name).state_dict() for name in ("model", "optimizer", "scaler")}
+        state |= {"model_settings": self.settings, "flags": self.flags | {"processes": self.runtime.count}}
+        state |= {"clips": torch.from_numpy(self.clip_ids), "selection": self.evaluated_clips, "best": self.best}
+        state["position"] = {"epoch": self.position.epoch, "clips": self.position.clips, "scores": scores}
+        save_checkpoint(path, state | {"random": random_state()}, keep)
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Become what the checkpoint holds, and print which flags differ. Raises UserError if it does not fit."""
+        path, state = checkpoint
+        try:
+            self._restore(path, state)
+        except UserError:
+            raise
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+            detail = " ".join(f"{type(error).__name__}: {error}".split())
+            raise UserError(f"{path}: not a whole checkpoint of this network ({detail[:200]})") from error
+
+    def _restore(self, path: Path, state: dict) -> None:
+        check_settings(path, _EARLIER_SETTINGS | state["model_settings"], self.settings)
+        epoch, clips, scores = (state["position"][name] for name in ("epoch", "clips", "scores"))
+        if not (epoch >= 0 and 0 <= clips <= len(state["clips"])):
             raise UserError(
-                f"{path}: stopped in mid-epoch with --seed {state['flags']['seed']}, now {self.flags['seed']}; "
-                "continue with the same one until the epoch ends"
+                f"{path}: its position is clip {clips} of epoch {epoch}, with {len(state['clips'])} clips an epoch; "
+                "the file was changed, resume from another one"
             )
-        self.position, self.restored_from = position, path
+        flags = _EARLIER_FLAGS | state["flags"]
+        if clips > 0 and flags["seed"] != self.flags["seed"]:
+            raise UserError(
+                f"{path}: stopped in mid-epoch with --seed {flags['seed']}, now {self.flags['seed']}; "
+                "continue with the same seed until the epoch ends"
+            )
+        for name, value in state["model"].items():
+            if value.is_floating_point() and not value.isfinite().all():
+                raise UserError(f"{path}: its weights {name} are not all finite; resume from an earlier checkpoint")
+        self.restored_from = path
+        sums = torch.tensor(scores, dtype=torch.float64) if scores and self.runtime.is_main else None
+        self.position = TrainPosition(epoch, clips, sums)
         self.model.load_state_dict(state["model"])
         hyperparameters = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
@@ -69,134 +107,132 @@ class TrainingState:
         if self.scaler.is_enabled() and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
         set_random_state(state["random"])
-        print(f"resumed from {path}: epoch {position.epoch + 1}, clip {position.clips} of {len(self.clips)}")
-        for flag, value in state["flags"].items():
-            if flag not in flags_that_may_differ and self.flags.get(flag) != value:
+        print(f"resumed from {path}: epoch {epoch + 1}, clip {clips} of {len(self.clip_ids)}")
+        for flag, value in flags.items():
+            now = (self.flags | {"processes": self.runtime.count}).get(flag)
+            if flag not in NOT_TRAINING_FLAGS and now != value:
                 name = flag if flag == "processes" else f"--{flag.replace('_', '-')}"
-                print(f"note: {name} was {value}, is now {self.flags.get(flag)}")
-        # (A best of an epoch still to come is another try's, from before the run went back to this checkpoint.)
-        is_past = state["best"] is not None and state["best"]["epoch"] <= position.epoch
-        if is_past and state["selection"] == self.selection:
+                print(f"note: {name} was {value}, is now {now}")
+        # A best epoch later than this checkpoint comes from a continuation that was abandoned; ignore it.
+        is_past = state["best"] is not None and state["best"]["epoch"] is not None and state["best"]["epoch"] <= epoch
+        if is_past and state["selection"] == self.evaluated_clips:
             self.best = state["best"]
-        elif position.epoch > 0:
-            print("note: the best epoch so far was chosen elsewhere or on other videos; it is chosen anew from here")
+        elif epoch > 0:
+            print("note: there is no best epoch so far on these videos; it is chosen from here on")
 
 
-def in_checkpoint_order(
-    videos: VideoTable, clips: numpy.ndarray, path: Path, state: dict
-) -> tuple[numpy.ndarray, numpy.ndarray]:
-    """(clips, their names): in the checkpoint's order, for the run to go on with the clips it was started
-    with although videos have come or gone. Many more or fewer are another data set: it has its own order
-    from the next epoch on; in mid-epoch, raises UserError."""
-    names = state["clips"].numpy()
-    kept, new = clips_in_order(videos, clips, names)
-    gone = int((kept[:, 0] == NO_VIDEO).sum())
-    if 10 * gone > len(names) or 10 * new > len(names):
-        if state["position"]["clips"] > 0:
-            raise UserError(
-                f"{path}: stopped in mid-epoch with another set of training clips: of its {len(names)} clips {gone} "
-                f"are not there, {new} are new; continue with the same one until the epoch ends"
-            )
-        print(f"note: the training clips are others from here: {gone} of {len(names)} are gone, {new} are new")
-        return clips, clip_ids(videos, clips)
-    if gone:
-        print(f"note: {gone} of {len(names)} training clips are gone since the run started; their places stay empty")
-    if new:
-        print(f"note: {new} training clips are new since the run started and left out of it")
-    return kept, names
+def cosine_with_warmup(epoch: int, epochs: int, warmup_epochs: int) -> float:
+    """Learning-rate factor of an epoch: linear up to 1 over the warm-up, then a cosine to 0 at `epochs`."""
+    if epoch < warmup_epochs:
+        return (epoch + 1) / (warmup_epochs + 1)
+    progress = (epoch - warmup_epochs) / max(1, epochs - warmup_epochs)
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
-def score(
-    model: nn.Module, loader: DataLoader, classes: int, run: RunFolder, *, processes: Processes, epoch: int, **how
-) -> None:
-    """The test of a finished epoch: printed and written to test.json."""
-    passes = {name: how.pop(name) for name in ("device", "precision", "stride")}
+def score(state: TrainingState, loader: DeviceLoader, run: RunFolder, epochs: int, protocol: dict) -> None:
+    """Test the network after `epochs` epochs; the result is printed and written to test.json with its protocol."""
     with StopRequest() as stop:
-        scored = evaluate(
-            model, loader, classes, **passes, processes=processes, task="test", should_stop=stop.requested
-        )
+        scored = evaluate(state.model, loader, state.runtime, should_stop=stop.requested)
     if scored is None:
         print(f"stopped by {stop.name or 'a signal to another process'} in the test; --resume auto tests again")
         return
-    processes.from_main(lambda: run.write_result({"after_epochs": epoch, **how, **scored}))
+    state.runtime.from_main(run.write_result, {"after_epochs": epochs, **protocol, **scored})
     counts = scored["counts"]
     print(
-        f"test after {epoch} epochs: clip top-1 {scored['clip_top1']:.2f} %, video top-1 {scored['video_top1']:.2f} % "
+        f"test after {epochs} epochs: clip top-1 {scored['clip_top1']:.2f} %, video top-1 {scored['video_top1']:.2f} % "
         f"({counts['video_top1']} of {counts['videos']}), top-5 {scored['video_top5']:.2f} %"
     )
 
 
+def conclude(
+    state: TrainingState, eval_loader: DeviceLoader, test_loader: DeviceLoader, run: RunFolder, evaluated_on: str,
+    protocol: dict,
+) -> None:  # fmt: skip
+    """Report the best epoch. If it was chosen on validation videos, not on those of the test, it is tested now."""
+    if state.best["epoch"] is None:
+        print(f"no epoch was left to train: the checkpoint is at epoch {state.position.epoch}")
+        return
+    epochs = state.best["epoch"] + 1
+    if eval_loader is test_loader:
+        print(
+            f"best {evaluated_on} video top-1 {state.best['video_top1']:.2f} % at epoch {epochs}: selected on the "
+            f"{evaluated_on} set itself, so optimistic; --val-fraction selects without it"
+        )
+        return
+    print(f"best epoch, selected on validation videos: {epochs}")
+    state.model.load_state_dict(state.runtime.from_main(load_checkpoint, run.best)["model"])
+    score(state, test_loader, run, epochs, protocol)
+
+
 def fit(
     state: TrainingState,
-    train_loader: DataLoader,
-    selection_loader: DataLoader,
+    train_loader: DeviceLoader,
+    eval_loader: DeviceLoader,
+    criterion: Callable[[Tensor, Tensor], Tensor],
     run: RunFolder,
     *,
-    processes: Processes,
     epochs: int,
-    learning_rate: Callable[[int], float],
-    classes: int,
-    selected_on: str,
-    device: torch.device,
-    precision: torch.dtype | None,
-    stride: int,
-    label_smoothing: float,
+    evaluated_on: str,
+    schedule: Callable[[int], float],
     accumulation_steps: int,
     clip_norm: float | None,
     checkpoint_minutes: float,
     keep: int,
+    log_every: int,
 ) -> bool:
-    """Train from `state.position` to `epochs`, scoring on `selection_loader` after each epoch.
+    """Train from `state.position` to `epochs`. After each epoch the network is scored on `eval_loader`.
 
-    learning_rate: epoch -> rate. checkpoint_minutes: between checkpoints in mid-epoch; 0 writes none.
-    keep: checkpoints kept, last.pt among them. The others as `train_one_epoch` takes them.
+    criterion, accumulation_steps, clip_norm: as for `train_one_epoch`.
+    evaluated_on: name of the videos of `eval_loader`, for metrics and output.
+    schedule: epoch -> factor of each parameter group's learning rate.
+    checkpoint_minutes: between checkpoints in mid-epoch; 0 writes none.
+    keep: checkpoints kept, last.pt among them.
+    log_every: optimizer steps between the lines of steps.jsonl; 0 writes none.
 
-    Every epoch adds a line of metrics and last.pt, the best so far best.pt. Returns False where a signal
-    to any of the processes cut it short; last.pt then holds the very step. It does too where a process
-    cannot go on (UserError): the others leave with it.
+    Every epoch adds a line of metrics and writes last.pt; the best epoch so far is in best.pt. Returns False if a
+    signal to any rank cut the run short; last.pt then holds the very step. It also does if a rank cannot continue:
+    all ranks then raise UserError.
     """
-    passes = dict(device=device, precision=precision, stride=stride, processes=processes)
-    broken, broken_in_test = BrokenVideos(processes.count), BrokenVideos(processes.count)
-    processes.from_main(lambda: run.begin(state.position.epoch))
-    network = processes.replicate(state.model, device, accumulates=accumulation_steps > 1)
+    runtime = state.runtime
+    unreadable, unreadable_in_test = UnreadableVideos(), UnreadableVideos()
+    runtime.from_main(run.begin, state.position.epoch, state.position.clips)
+    runtime.from_main(_draw_clips, train_loader, run)
+    network = runtime.replicate(state.model, accumulates=accumulation_steps > 1)
     clock = _CheckpointClock(checkpoint_minutes)
-    pictures: list[Tensor] = []
-    first_batch = None if run.has_events() else lambda *batch: pictures.append(key_residual_picture(*batch))
 
     def save() -> None:
-        lines = processes.gather(broken.take() + broken_in_test.take())
-        processes.from_main(lambda: _save_last(state, run, keep, lines))
+        runtime.from_main(run.add_to_list, "broken.txt", unreadable.take() + unreadable_in_test.take())
+        state.save(run.last, keep)
         clock.restart()
 
-    if state.restored_from not in (None, run.last):  # another than --resume auto would take, from now on its own
-        save()
+    if state.restored_from not in (None, run.last):
+        save()  # resumed from an older checkpoint: now it is the newest, so that --resume auto continues from here
     with StopRequest() as stop:
         while state.position.epoch < epochs:
             epoch = state.position.epoch
             for group in state.optimizer.param_groups:
-                group["lr"] = learning_rate(epoch)
+                group["lr"] = group["initial_lr"] * schedule(epoch)
+            rate = {"learning_rate": state.optimizer.param_groups[0]["lr"]}
+
+            def log(values: dict, epoch=epoch, rate=rate) -> None:
+                run.add_step({"epoch": epoch, "clips": state.position.clips, **values, **rate}, train_loader.clips)
+
             try:
+                scored = None
                 trained = train_one_epoch(
-                    network, train_loader, state.optimizer, state.scaler, **passes, broken=broken,
-                    epochs=epochs, position=state.position, label_smoothing=label_smoothing,
-                    accumulation_steps=accumulation_steps, clip_norm=clip_norm,
-                    should_stop=stop.requested, should_save=clock.is_due, save=save,
-                    on_first_batch=first_batch,
+                    network, train_loader, state.optimizer, state.scaler, criterion, runtime,
+                    position=state.position, accumulation_steps=accumulation_steps, clip_norm=clip_norm,
+                    unreadable=unreadable, should_stop=stop.requested, should_save=clock.is_due, save=save,
+                    log=StepLog(log_every, log, runtime, state.position.sums),
                 )  # fmt: skip
-                first_batch = scored = None
                 if trained is not None:
-                    task = f"{selected_on} {epoch + 1}/{epochs}"
+                    task = f"{evaluated_on} {epoch + 1}/{epochs}"
                     scored = evaluate(
-                        state.model,
-                        selection_loader,
-                        classes,
-                        **passes,
-                        broken=broken_in_test,
-                        task=task,
+                        state.model, eval_loader, runtime, task=task, unreadable=unreadable_in_test,
                         should_stop=stop.requested,
-                    )
-            except UserError as error:  # in all processes: each knows that one cannot go on
-                raise _saved(error, state, run, processes, save) from error
+                    )  # fmt: skip
+            except UserError as error:  # in all ranks: each knows that one cannot continue
+                raise _saved(error, state, run, save) from error
             if scored is None:
                 save()
                 print(
@@ -204,15 +240,17 @@ def fit(
                     f"{state.position.clips} clips; continue with --resume auto"
                 )
                 return False
-            metrics = _metrics(state, trained, scored, selected_on, device)
             improved = scored["video_top1"] > state.best["video_top1"]
             if improved:
                 state.best = {"epoch": epoch, "video_top1": scored["video_top1"]}
-            # The state after this epoch is the one a resumed run starts the next with.
-            state.position = TrainPosition(epoch=epoch + 1)
-            processes.from_main(lambda: _record(run, metrics, epochs, pictures))  # noqa: B023 - called at once
+            # The state after this epoch is the one that a resumed run starts the next epoch with.
+            state.position = TrainPosition(epoch + 1)
+            metrics = {"epoch": epoch, **trained, f"{evaluated_on}_loss": scored.pop("loss"), **scored, **rate}
+            metrics |= {"evaluated_on": evaluated_on, "peak_memory_bytes": peak_memory_bytes(runtime.device)}
+            runtime.from_main(run.add_metrics, metrics)
+            _print_epoch(metrics, epochs)
             if improved:
-                processes.from_main(lambda: state.save(run.best))
+                state.save(run.best)
             save()
     return True
 
@@ -231,20 +269,17 @@ class _CheckpointClock:
         return self._seconds > 0 and time.monotonic() - self._latest >= self._seconds
 
 
-def _save_last(state: TrainingState, run: RunFolder, keep: int, broken: list[str]) -> None:
-    run.add_to_list("broken.txt", broken)
-    state.save(run.last, keep)
-
-
-def _saved(error: UserError, state: TrainingState, run: RunFolder, processes: Processes, save) -> UserError:
+def _saved(error: UserError, state: TrainingState, run: RunFolder, save: Callable[[], None]) -> UserError:
     """The error to leave with, after saving what is good."""
     is_own = not isinstance(error, OtherProcessError)
-    agreed = processes.agree(stop=isinstance(error, NonFiniteLossError), failed=isinstance(error, CheckpointError))
-    if agreed.failed:
+    not_finite, cannot_save = state.runtime.add(
+        isinstance(error, NonFiniteLossError), isinstance(error, CheckpointError)
+    )
+    if cannot_save:
         return error
-    if agreed.stop:
+    if not_finite:
         path = run.path / "nonfinite.pt"
-        processes.from_main(lambda: state.save(path))
+        state.save(path)
         advice = f"the state at that moment is in {path}; try a lower -lr, --clip-norm or --no-amp"
     else:
         save()
@@ -252,23 +287,20 @@ def _saved(error: UserError, state: TrainingState, run: RunFolder, processes: Pr
     return UserError(f"epoch {state.position.epoch + 1}, {error}; {advice}") if is_own else error
 
 
-def _metrics(state: TrainingState, trained: dict, scored: dict, selected_on: str, device: torch.device) -> dict:
-    names = ("clip_top1", "clip_top5", "video_top1", "video_top5", "counts", "firing_rate")
-    return {
-        "epoch": state.position.epoch,
-        **trained,
-        f"{selected_on}_loss": scored["loss"],
-        **{name: scored[name] for name in names},
-        "evaluated_on": selected_on,
-        "learning_rate": state.optimizer.param_groups[0]["lr"],
-        "peak_memory_bytes": peak_memory_bytes(device),
-    }
+def _draw_clips(loader: DeviceLoader, run: RunFolder) -> None:
+    """Key and residual frames of a few clips, once in the life of a run."""
+    if run.has_events():
+        return
+    try:
+        clips = loader.first_clips(4)
+    except UserError:  # --strict: training meets the same video, saves and reports it
+        return
+    if len(clips.labels):
+        batch = loader.split(clips)
+        run.add_picture("key_and_residual_frames", key_residual_picture(batch.key, batch.residual))
 
 
-def _record(run: RunFolder, metrics: dict, epochs: int, pictures: list[Tensor]) -> None:
-    while pictures:
-        run.add_picture("key_and_residual_frames", pictures.pop())
-    run.add_metrics(metrics)
+def _print_epoch(metrics: dict, epochs: int) -> None:
     on = metrics["evaluated_on"]
     print(
         f"epoch {metrics['epoch'] + 1}/{epochs}: loss {metrics['train_loss']:.4f}, "

@@ -1,40 +1,221 @@
-"""What both training scripts check of their flags, before anything is read or written."""
+"""The command line of the training scripts: the flags that both share, and what is set up before data and network.
+
+A flag's meaning, type and range stand here, once. Its default stands in `DEFAULTS` at the top of the script.
+"""
 
 import argparse
+import math
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
 
+import torch
+
+from dataset.device_loader import DeviceLoader
+from dataset.frame_sampling import SAMPLINGS
 from dataset.residual import check_stride
-from models.respike import SIZE_MULTIPLE
-from utils.errors import UserError
+from dataset.transforms import CROP_POSITIONS
+from models.batch_norm import BATCH_NORMS
+from models.kernels.parameters import LIFParameters
+from models.kernels.surrogates import SURROGATES
+from models.neurons import BACKENDS, NEURONS, runs_on_triton
+from models.resnet import BACKBONES
+from models.respike import BRANCHES, FUSIONS, SIZE_MULTIPLE
+from utils.checkpoint import Checkpoint, find_checkpoint
+from utils.device import choose_algorithms, cpu_count, device_name, seed_all
+from utils.errors import ArgumentParser, UserError
+from utils.run_folder import RunFolder, continues_run
+from utils.runtime import Runtime, join_run, local_processes
 
-_LEAST = {
-    "frame_stride": 1, "views": 1, "workers": 0, "epochs": 1, "start_epoch": 0, "batch_size": 1, "warmup_epochs": 0,
-    "accumulate": 1, "learning_rate": 0, "weight_decay": 0, "checkpoint_minutes": 0, "keep": 1,
+# A continuation of a run may change these without a note: they do not change what is trained.
+NOT_TRAINING_FLAGS = {
+    "resume", "run_dir", "overwrite", "workers", "index_dir", "weights", "device", "data_root", "annotation_path",
+    "train_list", "val_list", "train_root", "val_root", "checkpoint_minutes", "keep", "log_every", "test_only",
+    "lif_backend", "pack_spikes", "deterministic",
 }  # fmt: skip
+_YES_NO = argparse.BooleanOptionalAction
 
 
-def check_flags(args: argparse.Namespace) -> None:
-    """Raise UserError for the first flag whose value cannot work."""
+def whole(least: int, below: int | None = None) -> Callable[[str], int]:
+    """The type of a flag: a whole number of at least `least`, and below `below`."""
+
+    def convert(text: str) -> int:
+        return _in_range(int(text), least, below)
+
+    convert.__name__ = "int"  # argparse: invalid int value
+    return convert
+
+
+def number(least: float, below: float | None = None) -> Callable[[str], float]:
+    """The type of a flag: a finite number of at least `least`, and below `below`."""
+
+    def convert(text: str) -> float:
+        return _in_range(float(text), least, below)
+
+    convert.__name__ = "float"
+    return convert
+
+
+def _in_range(value: float, least: float, below: float | None) -> float:
+    if not (value >= least and math.isfinite(value) and (below is None or value < below)):
+        bound = "" if below is None else f" and below {below}"
+        raise argparse.ArgumentTypeError(f"must be at least {least}{bound}, got {value}")
+    return value
+
+
+def add_shared_flags(parser: ArgumentParser) -> None:
+    """Every flag that both training scripts have."""
+    # fmt: off
+    add = parser.add_argument_group("clips").add_argument
+    add("-T", "--time", type=whole(1), metavar="N", help="frames a clip; a multiple of --stride")
+    add("--stride", type=whole(1), metavar="N", help="frames a segment: one key frame, the others residual")
+    add("--sampling", choices=SAMPLINGS,
+        help="segments: a frame of each of T equal parts of the video (TSN); window: T consecutive frames")
+    add("--frame-stride", type=whole(1), metavar="N",
+        help="--sampling window: video frames from one clip frame to the next")
+    add("--size", type=whole(SIZE_MULTIPLE), metavar="PIXELS", help="height and width; a multiple of 32")
+    add("--flip", action=_YES_NO, help="mirror half of the training clips; not if left and right are the label")
+    add("--views", type=whole(1), metavar="N", help="test clips a video, evenly spread; their softmax is averaged")
+    add("--crops", type=int, choices=sorted(CROP_POSITIONS),
+        help="test crops a view: the centre, or three along the longer side")
+    add("--val-fraction", type=number(0, below=1), metavar="SHARE",
+        help="training videos, in whole source groups, to choose the best epoch on; 0 chooses on the test videos")
+    add("--strict", action=_YES_NO, help="stop at a video that cannot be read; else it is left out and listed")
+    add("-j", "--workers", type=whole(0), metavar="N",
+        help="data loading processes of each training process; 0 loads in the training process")
+    add("--index-dir", metavar="FOLDER", help="folder of the cached video index")
+
+    add = parser.add_argument_group("network").add_argument
+    add("--model", choices=BACKBONES, help="backbone of the ANN branch")
+    add("--weights", metavar="default|none|PATH",
+        help="backbone weights: of torchvision for ImageNet (or the name of one of them), random, or a state dict")
+    add("--downsample", action=_YES_NO,
+        help="fuse at all four stages, the first two at reduced size; else at stages 2 to 4 at full size")
+    add("--branches", choices=BRANCHES, help="both branches, or one alone")
+    add("--fusion", choices=FUSIONS, help="cross-attention, or joined at the head only")
+    add("--snn-bn", choices=BATCH_NORMS, help="SNN batch norm: statistics of each time step, or of all together")
+    add("--neuron", choices=sorted(NEURONS), help="type of the spiking neuron")
+    add("--tau", type=number(1), metavar="STEPS", help="membrane time constant, in time steps")
+    add("--surrogate", choices=SURROGATES, help="surrogate gradient of the spike")
+    add("--alpha", type=number(0), metavar="A", help="steepness of the surrogate gradient")
+
+    add = parser.add_argument_group("training").add_argument
+    add("--epochs", type=whole(1), metavar="N", help="epochs in all")
+    add("--start_epoch", "--start-epoch", type=whole(0), metavar="N",
+        help="epoch to count from, for the learning rate; a resumed run knows its own")
+    add("-b", "--batch_size", "--batch-size", type=whole(1), metavar="N", help="clips a batch and process")
+    add("-lr", "--learning_rate", "--learning-rate", type=number(0), metavar="LR", help="peak learning rate")
+    add("--momentum", type=number(0, below=1), metavar="M", help="momentum of SGD")
+    add("--weight_decay", "--weight-decay", type=number(0), metavar="W", help="weight decay")
+    add("--warmup-epochs", type=whole(0), metavar="N", help="epochs of linear warm-up before the cosine")
+    add("--label-smoothing", type=number(0, below=1), metavar="S", help="of the cross-entropy")
+    add("--accumulate", type=whole(1), metavar="N", help="batches an optimizer step")
+    add("--clip-norm", type=number(0), metavar="NORM", help="largest norm of the gradient; not given: not clipped")
+    add("--seed", type=whole(0, below=2**63), metavar="N", help="seed of everything random")
+    add("--amp", action=_YES_NO,
+        help="mixed precision: bf16 if the hardware has it, fp16 on older GPUs; --no-amp is fp32")
+    add("--sync-bn", action=_YES_NO, help="batch norm statistics over all processes; takes more memory")
+    add("--lif-backend", choices=BACKENDS,
+        help="code of the spiking layers: fused GPU kernels, plain PyTorch, SpikingJelly; auto: kernels on a GPU")
+    add("--pack-spikes", action=_YES_NO,
+        help="keep spikes as one bit each for the backward pass: less memory, some more time")
+    add("--deterministic", action=_YES_NO,
+        help="the same numbers in every run on the same hardware, at some cost in time")
+    add("--compile", action=_YES_NO, help="torch.compile the network")
+    add("--device", metavar="NAME", help="cuda, cuda:1 or cpu; not given: cuda if there is a GPU")
+
+    add = parser.add_argument_group("run folder").add_argument
+    add("--run-dir", "--output-dir", metavar="FOLDER", help="folder of this run; not given: runs/ and what it trains")
+    add("--resume", metavar="auto|PATH", help="continue from a checkpoint; auto: the run folder's newest, if any")
+    add("--checkpoint-minutes", type=number(0), metavar="M", help="between checkpoints in mid-epoch; 0: none")
+    add("--keep", type=whole(1), metavar="N", help="newest checkpoints kept: last.pt, last-1.pt, ...")
+    add("--log-every", type=whole(0), metavar="N",
+        help="optimizer steps between lines of steps.jsonl (loss, learning rate, clips/s); 0: none")
+    add("--test-only", action=_YES_NO, help="no training: test the checkpoint, write test.json")
+    add("--overwrite", action=_YES_NO, help="replace the run that the folder holds")
+    # fmt: on
+
+
+def parse(parser: ArgumentParser, defaults: dict) -> argparse.Namespace:
+    """The flags over `defaults`, which argparse sees as flags that come first: names, types, ranges and choices of
+    both are checked alike. Raises UserError for the first that cannot work."""
+    parser.set_defaults(**defaults)  # for --help
+    first = [word for name, value in defaults.items() for word in _as_flag(name, value)]
+    args = parser.parse_args(first + sys.argv[1:])
+    if args.workers is None:
+        args.workers = min(8, max(1, cpu_count() // local_processes()))
+    if args.index_dir is None:
+        args.index_dir = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "respike")
+    if args.device is None:
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    _check_together(args)
+    return args
+
+
+def _as_flag(name: str, value) -> list[str]:
+    if isinstance(value, bool):
+        return [f"--{name if value else f'no-{name}'}".replace("_", "-")]
+    return [] if value is None else [f"--{name.replace('_', '-')}={value}"]
+
+
+def _check_together(args: argparse.Namespace) -> None:
+    """What no flag shows alone."""
     check_stride(args.time, args.stride)
-    if args.size < SIZE_MULTIPLE or args.size % SIZE_MULTIPLE:
+    if args.size % SIZE_MULTIPLE:
         nearest = max(1, round(args.size / SIZE_MULTIPLE)) * SIZE_MULTIPLE
         raise UserError(f"--size must be a multiple of {SIZE_MULTIPLE}, got {args.size}; the nearest is {nearest}")
-    for flag, low in _LEAST.items():
-        if not getattr(args, flag) >= low:
-            raise UserError(f"{_name(flag)} must be at least {low}, got {getattr(args, flag)}")
-    for flag in ("val_fraction", "label_smoothing"):
-        if not 0 <= getattr(args, flag, 0) < 1:
-            raise UserError(f"{_name(flag)} must be at least 0 and below 1, got {getattr(args, flag)}")
-    if args.clip_norm is not None and not args.clip_norm > 0:
-        raise UserError(f"--clip-norm must be positive, got {args.clip_norm}")
+    if args.sampling == "segments" and args.frame_stride != 1:
+        raise UserError("--frame-stride: segments cover the whole video; it goes with --sampling window")
+    try:
+        neuron_parameters(args)
+    except ValueError as error:
+        raise UserError(f"--tau, --surrogate, --alpha: {error}") from error
+    if args.clip_norm == 0:
+        raise UserError("--clip-norm must be positive, got 0")
     if args.start_epoch >= args.epochs:
         raise UserError(f"--start_epoch {args.start_epoch} leaves none of --epochs {args.epochs} to train")
-    if not 0 <= args.seed < 2**63:
-        raise UserError(f"--seed must be at least 0 and below 2^63, got {args.seed}")
     if args.resume and args.start_epoch:
         raise UserError("--start_epoch: a resumed run continues at its checkpoint's epoch; give one of the two")
     if args.test_only and not args.resume:
         raise UserError("--test-only: which weights? Name a checkpoint with --resume PATH, or --resume auto")
+    if args.run_dir is None and args.test_only and args.resume != "auto":
+        args.run_dir = str(Path(args.resume).parent)
 
 
-def _name(flag: str) -> str:
-    return f"--{flag.replace('_', '-')}"
+def neuron_parameters(args: argparse.Namespace) -> LIFParameters:
+    return LIFParameters(tau=args.tau, surrogate=args.surrogate, alpha=args.alpha)
+
+
+def default_run_dir(args: argparse.Namespace, data: str) -> str:
+    variant = "downsample" if args.downsample else "full"
+    return (
+        f"runs/{data}-{args.model}-{args.branches}-{args.fusion}-{variant}"
+        f"-T{args.time}-stride{args.stride}-lr{args.learning_rate:g}-seed{args.seed}"
+    )
+
+
+def begin_run(args: argparse.Namespace) -> tuple[Runtime, RunFolder, Checkpoint | None]:
+    """The ranks of the run, its folder, and the checkpoint to continue from. Raises UserError."""
+    runtime = join_run(args.device, args.amp)
+    seed_all(args.seed)
+    choose_algorithms(args.deterministic)
+    runtime.in_all(runs_on_triton, args.lif_backend, torch.empty(0, device=runtime.device))  # refused if it cannot
+    resuming = continues_run(args.resume, args.run_dir, args.test_only)
+    run = runtime.from_main(RunFolder, Path(args.run_dir), resuming, args.overwrite)
+    precision = str(runtime.precision or torch.float32).removeprefix("torch.")
+    print(f"run folder: {run.path}; {device_name(runtime.device)}, {precision}")
+    print(f"an optimizer step: {runtime.count} x {args.accumulate} x {args.batch_size} clips (processes, batches, -b)")
+    checkpoint = runtime.from_main(find_checkpoint, args.resume, run.path, needed=args.test_only)
+    return runtime, run, checkpoint
+
+
+def check_last_batch(args: argparse.Namespace, loader: DeviceLoader, runtime: Runtime) -> None:
+    """Raise UserError if the epoch's last batch is a single key frame of one pixel after five halvings: batch norm
+    has nothing to normalise it by."""
+    smallest = min(loader.batches.sizes(), default=0) // runtime.count
+    if smallest * (args.time // args.stride) == 1 and args.size == SIZE_MULTIPLE and not args.test_only:
+        raise UserError(
+            f"-b: the last batch of an epoch holds one key frame of {args.size} x {args.size} pixels, on which batch "
+            "norm cannot be trained; take another -b, more key frames (-T) or a larger --size"
+        )

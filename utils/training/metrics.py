@@ -1,20 +1,32 @@
-"""Sums and counts, kept on the device and read at the end."""
+"""Sums and counts, kept on the device and read at the end; losses, read now and then."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
+from dataset.clips import VideoTable
+from utils.errors import OtherProcessError, UserError
+from utils.runtime import ALONE, Runtime
+
+# Reading a loss waits for the GPU. There, losses are read once in so many batches.
+_BATCHES_BETWEEN_READINGS = 10
+
+
+class NonFiniteLossError(UserError):
+    """The loss became infinite or NaN."""
+
 
 class ClipScores:
-    """Loss and top-1/top-5 accuracy over clips. All in float64 sums: a partial state is a checkpoint's
-    to keep, and adding the rest gives what an undisturbed pass gives."""
+    """Loss and top-1/top-5 accuracy over clips. The sums are float64, so that a checkpoint in mid-epoch can store
+    them and the resumed epoch ends with the same totals."""
 
-    def __init__(self, device: torch.device, state: list[float] | None = None):
+    def __init__(self, device: torch.device, sums: Tensor | None = None):
         # loss sum, top-1 hits, top-5 hits, clips
         self.sums = torch.zeros(4, dtype=torch.float64, device=device)
-        if state is not None:
-            self.sums += torch.tensor(state, dtype=torch.float64, device=device)
+        if sums is not None:
+            self.sums += sums.to(device)
 
     def add(self, logits: Tensor, labels: Tensor, loss: Tensor) -> None:
         """logits [B, classes], labels [B], loss the mean over the B clips."""
@@ -26,22 +38,23 @@ class ClipScores:
 
     @staticmethod
     def result(sums: Tensor) -> dict[str, float]:
-        """Of `sums`, which may have been added up over processes: mean loss; top-1 and top-5 accuracy in
-        percent; NaN without a clip."""
-        loss, top1, top5, clips = sums.tolist()
-        clips = clips or math.nan
-        return {"loss": loss / clips, "top1": 100 * top1 / clips, "top5": 100 * top5 / clips}
+        """From `sums`, of one rank or added up over ranks: the mean loss, "top1" and "top5" accuracy in percent (all
+        NaN without a clip), and the integers "top1_hits", "top5_hits" and "clips"."""
+        loss, *counts = sums.tolist()
+        return {"loss": loss / (counts[2] or math.nan), **_accuracy(*counts, of="clips")}
 
 
 class VideoScores:
     """Top-1/top-5 accuracy over videos: the softmax of a video's clips is averaged."""
 
-    def __init__(self, videos: int, classes: int, device: torch.device):
-        self._probabilities = torch.zeros(videos, classes, dtype=torch.float64, device=device)
+    def __init__(self, videos: int, device: torch.device):
+        self._probabilities: Tensor | None = None  # [videos, classes], from the first batch on
         self._labels = torch.full((videos,), -1, dtype=torch.long, device=device)
 
     def add(self, logits: Tensor, labels: Tensor, videos: Tensor) -> None:
         """logits [B, classes], labels [B], videos [B]: index of each clip's video."""
+        if self._probabilities is None:
+            self._probabilities = self._labels.new_zeros((len(self._labels), logits.shape[1]), dtype=torch.float64)
         # The sum ranks as the mean does: every video has the same number of views.
         self._probabilities.index_add_(0, videos, logits.detach().double().softmax(1))
         self._labels[videos] = labels
@@ -49,18 +62,22 @@ class VideoScores:
     def sums(self) -> Tensor:
         """float64 [3]: top-1 hits, top-5 hits, videos that had a clip."""
         seen = self._labels >= 0
+        if self._probabilities is None:
+            return torch.zeros(3, dtype=torch.float64, device=seen.device)
         hits = _hits(self._probabilities[seen], self._labels[seen]).double()
         return torch.stack([hits[:, 0].sum(), hits.sum(), seen.double().sum()])
 
     @staticmethod
     def result(sums: Tensor) -> dict[str, float]:
-        """Of `sums`: accuracies in percent, NaN without a video, and the number of videos."""
-        top1, top5, videos = sums.tolist()
-        return {
-            "top1": 100 * top1 / (videos or math.nan),
-            "top5": 100 * top5 / (videos or math.nan),
-            "videos": int(videos),
-        }
+        """From `sums`: as `ClipScores.result`, without a loss and with "videos" in place of "clips"."""
+        return _accuracy(*sums.tolist(), of="videos")
+
+
+def _accuracy(top1: float, top5: float, count: float, of: str) -> dict[str, float]:
+    return {
+        "top1": 100 * top1 / (count or math.nan), "top5": 100 * top5 / (count or math.nan),
+        "top1_hits": int(top1), "top5_hits": int(top5), of: int(count),
+    }  # fmt: skip
 
 
 def _hits(scores: Tensor, labels: Tensor) -> Tensor:
@@ -102,8 +119,69 @@ class FiringRates:
         return [spikes / steps for spikes, steps in self.sums().tolist()]
 
     def per_stage(self, sums: Tensor | None = None) -> dict[str, float]:
-        """All spikes of a stage over all its neurons and steps: {"stage1": 0.12, ...}; of `sums`, which may
-        have been added up over processes, or of this one's."""
+        """All spikes of a stage over all its neurons and steps: {"stage1": 0.12, ...}. `sums` may have been added up
+        over ranks; None takes this rank's."""
         parts = (self.sums() if sums is None else sums).split([len(layers) for layers in self._layers.values()])
         totals = {stage: part.sum(0).tolist() for stage, part in zip(self._layers, parts, strict=True)}
         return {stage: spikes / (steps or math.nan) for stage, (spikes, steps) in totals.items()}
+
+
+class LossWatch:
+    """Reads losses now and then, stops all ranks if one is not finite, and names the videos of that batch."""
+
+    def __init__(self, videos: VideoTable, runtime: Runtime):
+        self._videos, self._runtime = videos, runtime
+        self._unread: list[tuple[Tensor, Tensor]] = []
+        self._most_unread = 1 if runtime.device.type == "cpu" else _BATCHES_BETWEEN_READINGS
+        self.latest = "-"  # the latest loss that was read, for the progress bar
+
+    def add(self, loss: Tensor, videos: Tensor) -> None:
+        self._unread.append((loss.detach(), videos))
+
+    def check_now_and_then(self) -> None:
+        if len(self._unread) >= self._most_unread:
+            self.check()
+
+    def check(self) -> None:
+        """Read all losses. Raises NonFiniteLossError if one is not finite, OtherProcessError if one of another rank
+        is not. All ranks call it."""
+        losses = torch.stack([loss for loss, _ in self._unread]).tolist() if self._unread else []
+        wrong = next((number for number, loss in enumerate(losses) if not math.isfinite(loss)), None)
+        if any(self._runtime.add(wrong is not None)):
+            if wrong is None:
+                raise OtherProcessError
+            names = ", ".join(self._videos.path(video) for video in self._unread[wrong][1].tolist())
+            raise NonFiniteLossError(f"the loss became {losses[wrong]}; videos of that batch: {names}")
+        if losses:
+            self.latest = f"{losses[-1]:.4f}"
+        self._unread.clear()
+
+
+class StepLog:
+    """Curves within an epoch: scalars every `every` optimizer steps; 0 writes none. `write` takes them in rank 0.
+
+    sums: of `ClipScores` where the epoch's training begins, if it begins in the middle.
+    """
+
+    def __init__(
+        self,
+        every: int = 0,
+        write: Callable[[dict[str, float]], None] = lambda values: None,
+        runtime: Runtime = ALONE,
+        sums: Tensor | None = None,
+    ):
+        self._every, self._write, self._runtime = every, write, runtime
+        self._before = 0.0 if sums is None else sums
+        self._steps = 0
+
+    def step(self, scores: ClipScores, **values: float | Tensor) -> None:
+        """After an optimizer step, in all ranks. Writes the training loss and accuracy since the last line, and
+        `values` as they are in rank 0. A tensor is read only if a line is due, because reading it waits for the GPU."""
+        self._steps += 1
+        if not self._every or self._steps % self._every:
+            return
+        recent = ClipScores.result(self._runtime.sum(scores.sums - self._before))
+        self._before = scores.sums.clone()
+        if self._runtime.is_main:
+            numbers = {name: float(value) for name, value in values.items()}
+            self._write({"train_loss": recent["loss"], "train_clip_top1": recent["top1"], **numbers})

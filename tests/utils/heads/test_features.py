@@ -48,7 +48,7 @@ class Colours(nn.Module):
 
 @pytest.fixture(autouse=True)
 def no_waiting(monkeypatch):
-    monkeypatch.setattr(dataset.video, "RETRY_SECONDS", (0.0, 0.0))
+    monkeypatch.setattr(dataset.video, "RETRY_SECONDS", 0.0)
 
 
 @pytest.fixture

@@ -9,12 +9,17 @@ import torch
 from torch import nn
 
 from dataset.batch_sampler import EvalBatchSampler, TrainBatchSampler
+from dataset.clips import CLIP
+from dataset.device_loader import DeviceLoader
 from dataset.residual import key_residual_split
 from dataset.video import FailedVideo, collate
 from utils.device import choose_precision
 from utils.errors import UserError
-from utils.training.engine import NonFiniteLossError, TrainPosition, cosine_with_warmup, evaluate, train_one_epoch
-from utils.training.feed import BrokenVideos
+from utils.runtime import ALONE
+from utils.training.engine import TrainPosition, evaluate, train_one_epoch
+from utils.training.feed import UnreadableVideos
+from utils.training.fit import cosine_with_warmup
+from utils.training.metrics import NonFiniteLossError, StepLog
 
 CPU = torch.device("cpu")
 
@@ -35,7 +40,7 @@ class Clips(torch.utils.data.Dataset):
         self.labels = torch.randint(0, 3, (clips,), generator=generator)
         noise = torch.randint(0, 60, (clips, 4, 3, 8, 8), generator=generator)
         self.noise = (noise + 60 * self.labels[:, None, None, None, None]).to(torch.uint8)
-        self.clips = numpy.array([(number, 0, 0) for number in range(clips)])
+        self.clips = numpy.array([(number, 0, 0) for number in range(clips)], CLIP)
         self.videos = Videos()
         self.unreadable = unreadable
 
@@ -52,7 +57,7 @@ class Clips(torch.utils.data.Dataset):
 def make_loader(batch_size=4, clips=19, shuffle=True, unreadable=()):
     data = Clips(clips, unreadable)
     batches = TrainBatchSampler(clips, batch_size, seed=0) if shuffle else EvalBatchSampler(data.clips, batch_size)
-    return torch.utils.data.DataLoader(data, batch_sampler=batches, collate_fn=collate)
+    return DeviceLoader(torch.utils.data.DataLoader(data, batch_sampler=batches, collate_fn=collate), 4, ALONE)
 
 
 class Net(nn.Module):
@@ -68,16 +73,17 @@ class Net(nn.Module):
         return {}
 
 
-def train(model, epochs=1, loader=None, position=None, lr=0.1, **more):
+CRITERION = nn.CrossEntropyLoss()
+
+
+def train(model, epochs=1, loader=None, position=None, lr=0.1, optimizer=None, criterion=CRITERION, **more):
     loader = loader or make_loader()
-    optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
+    optimizer = optimizer or torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     position = position or TrainPosition()
     result = None
     for _ in range(epochs):
-        result = train_one_epoch(
-            model, loader, optimizer, scaler, device=CPU, precision=None, stride=4, epochs=9, position=position, **more
-        )
+        result = train_one_epoch(model, loader, optimizer, scaler, criterion, position=position, **more)
         position = TrainPosition(position.epoch + 1)
     return result
 
@@ -88,7 +94,7 @@ def test_training_learns_and_evaluation_agrees():
     assert set(first) == {"train_loss", "train_clip_top1", "train_clips", "clips_per_second", "data_wait_share"}
     last = train(model, epochs=30)
     assert last["train_loss"] < 0.7 * first["train_loss"]
-    scores = evaluate(model, make_loader(7, shuffle=False), 3, device=CPU, precision=None, stride=4, task="test")
+    scores = evaluate(model, make_loader(7, shuffle=False))
     assert scores["clip_top1"] == scores["video_top1"] > 60 and scores["clip_top5"] == 100.0
     assert scores["counts"]["videos"] == scores["counts"]["clips"] == 19 and math.isfinite(scores["loss"])
 
@@ -96,7 +102,7 @@ def test_training_learns_and_evaluation_agrees():
 def test_training_loss_is_the_mean_over_clips():
     model = Net()
     result = train(copy.deepcopy(model), lr=0.0)
-    scores = evaluate(model, make_loader(shuffle=False), 3, device=CPU, precision=None, stride=4, task="test")
+    scores = evaluate(model, make_loader(shuffle=False))
     assert result["train_loss"] == pytest.approx(scores["loss"], rel=1e-6)
     assert result["train_clip_top1"] == pytest.approx(scores["clip_top1"])
 
@@ -141,20 +147,17 @@ def test_stopped_and_continued_is_undisturbed(stop_after, accumulation_steps):
     whole, parts = Net(), Net()
     want = train(whole, accumulation_steps=accumulation_steps)
     optimizer = torch.optim.SGD(parts.parameters(), lr=0.1, momentum=0.9)
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
     position, calls = TrainPosition(), []
 
     def stop():
         calls.append(1)
         return len(calls) == stop_after
 
-    passes = dict(device=CPU, precision=None, stride=4, epochs=9, accumulation_steps=accumulation_steps)
-    got = train_one_epoch(parts, make_loader(), optimizer, scaler, position=position, should_stop=stop, **passes)
+    more = dict(optimizer=optimizer, accumulation_steps=accumulation_steps)
+    got = train(parts, position=position, should_stop=stop, **more)
     if got is None:
         assert position.clips < 19 and position.clips % (4 * accumulation_steps) == 0
-        got = train_one_epoch(
-            parts, make_loader(), optimizer, scaler, position=TrainPosition(**vars(position)), **passes
-        )
+        got = train(parts, position=TrainPosition(**vars(position)), **more)
     assert torch.equal(parts.layer.weight, whole.layer.weight)
     assert (got["train_loss"], got["train_clip_top1"]) == (want["train_loss"], want["train_clip_top1"])
 
@@ -174,7 +177,7 @@ def test_saving_between_steps():
     asked = iter([False, True, False, True, False])
 
     def save():
-        saved.append((position.clips, position.scores[3]))
+        saved.append((position.clips, position.sums[3].item()))
 
     train(Net(), position=position, should_save=lambda: next(asked), save=save)
     assert saved == [(4, 4.0), (12, 12.0)]  # clips done, clips counted
@@ -183,20 +186,20 @@ def test_saving_between_steps():
 # ---- videos that cannot be read ---------------------------------------------------------------------
 
 
-def test_unreadable_videos_are_left_out_of_the_mean_and_told(capfd):
+def test_unreadable_videos_are_left_out_of_the_mean_and_printed(capfd):
     """A step over what can be read of its batch; a batch of nothing is no step."""
     order = [clip for batch in order_of(4) for clip in batch]
     gone = set(order[4:8]) | {order[0]}  # the second batch whole, and one of the first
     model = Net()
-    broken = BrokenVideos()
+    unreadable = UnreadableVideos()
     position = TrainPosition()
-    train(model, loader=make_loader(unreadable=gone), position=position, broken=broken, lr=0.0)
+    train(model, loader=make_loader(unreadable=gone), position=position, unreadable=unreadable, lr=0.0)
     err = capfd.readouterr().err
-    assert position.clips == 19 and position.scores[3] == 14
+    assert position.clips == 19 and position.sums[3] == 14
     assert err.count("warning: left out: video") == 5
-    assert sorted(broken.take()) == sorted(f"video{clip}.avi: gone" for clip in gone) and broken.take() == []
-    train(model, loader=make_loader(unreadable=gone), broken=broken, lr=0.0)
-    assert capfd.readouterr().err == ""  # each is said once
+    assert sorted(unreadable.take()) == sorted(f"video{clip}.avi: gone" for clip in gone) and unreadable.take() == []
+    train(model, loader=make_loader(unreadable=gone), unreadable=unreadable, lr=0.0)
+    assert capfd.readouterr().err == ""  # each is printed once
 
 
 def order_of(batch_size):
@@ -220,46 +223,69 @@ def test_a_step_over_a_batch_that_lacks_a_video():
     torch.testing.assert_close(lacking.layer.weight, want, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("unreadable_batch", [0, 1])
+def test_a_step_that_lacks_a_whole_batch_is_the_mean_of_the_other(unreadable_batch):
+    """Two batches of 4 a step, one of them unreadable: the step is that over the readable batch alone, not half."""
+    order = order_of(4)
+    gone, there = order[unreadable_batch], order[1 - unreadable_batch]
+    lacking, explicit = Net().double(), Net().double()
+    stop = iter([False, True])
+    train(
+        DoubleInput(lacking), loader=make_loader(unreadable=gone), accumulation_steps=2, should_stop=lambda: next(stop)
+    )
+    data = Clips()
+    key, residual = key_residual_split(data.noise[there], 4)
+    nn.functional.cross_entropy(DoubleInput(explicit)(key, residual), data.labels[there]).backward()
+    want = explicit.layer.weight - 0.1 * explicit.layer.weight.grad
+    torch.testing.assert_close(lacking.layer.weight, want, rtol=1e-6, atol=1e-7)
+
+
 def test_storage_that_is_gone_stops_the_run():
     position = TrainPosition()
     before = Net()
     model = copy.deepcopy(before)
-    with pytest.raises(UserError, match=r"8 videos one after another cannot be read, the last: video\d+\.avi: gone"):
-        train(model, loader=make_loader(2, unreadable=range(19)), position=position)
-    assert torch.equal(model.layer.weight, before.layer.weight) and position.clips <= 8
-    many = [clip for clip in range(19) if clip % 3]
-    with pytest.raises(UserError, match=r"11 of 19 videos can no longer be read"):
-        train(Net(), loader=make_loader(unreadable=many))
+    with pytest.raises(UserError, match=r"11 of 19 videos can no longer be read, the last: video\d+\.avi: gone"):
+        train(model, loader=make_loader(1, unreadable=range(19)), position=position)
+    assert torch.equal(model.layer.weight, before.layer.weight) and position.clips == 10
 
 
-def test_many_clips_of_one_broken_video_are_one_video():
-    broken, videos = BrokenVideos(), Videos()
+def test_many_clips_of_one_unreadable_video_are_one_video():
+    unreadable, videos = UnreadableVideos(), Videos()
     for _ in range(3):
-        broken.check(collate([FailedVideo(4, f"video4.avi: frame {n} was wanted") for n in range(16)]), videos)
-    assert broken.take() == ["video4.avi: frame 0 was wanted"]
+        unreadable.add([(4, f"video4.avi: frame {n} was wanted") for n in range(16)], videos)
+    assert unreadable.take() == ["video4.avi: frame 0 was wanted"]
 
 
 def test_evaluation_leaves_unreadable_videos_out():
-    scores = evaluate(
-        Net(), make_loader(shuffle=False, unreadable=(3, 8)), 3, device=CPU, precision=None, stride=4, task="t"
-    )
+    scores = evaluate(Net(), make_loader(shuffle=False, unreadable=(3, 8)))
     assert scores["counts"]["videos"] == scores["counts"]["clips"] == 17
 
 
 def test_evaluation_can_be_stopped():
-    assert (
-        evaluate(
-            Net(),
-            make_loader(shuffle=False),
-            3,
-            device=CPU,
-            precision=None,
-            stride=4,
-            task="t",
-            should_stop=lambda: True,
-        )
-        is None
-    )
+    assert evaluate(Net(), make_loader(shuffle=False), should_stop=lambda: True) is None
+
+
+def test_the_criterion_is_the_callers():
+    """Twice the loss at half the learning rate is the same step."""
+    twice, once = Net(), Net()
+    train(twice, lr=0.05, criterion=lambda logits, labels: 2 * CRITERION(logits, labels))
+    train(once, lr=0.1)
+    torch.testing.assert_close(twice.layer.weight, once.layer.weight)
+
+
+def test_lines_within_an_epoch():
+    """19 clips in batches of 4: steps 2 and 4 of 5 are due. The losses are means over the clips since the last."""
+    lines, position = [], TrainPosition()
+    log = StepLog(2, lambda values: lines.append({"clips": position.clips, **values}))
+    whole = train(Net(), position=position, log=log, lr=0.0)
+    assert [line["clips"] for line in lines] == [8, 16] and all(line["clips_per_second"] > 0 for line in lines)
+    model = Net()
+    for line, batches in zip(lines, (order_of(4)[:2], order_of(4)[2:4]), strict=True):
+        clips = [clip for batch in batches for clip in batch]
+        key, residual = key_residual_split(Clips().noise[clips], 4)
+        want = CRITERION(model(key, residual), Clips().labels[clips]).item()
+        assert line["train_loss"] == pytest.approx(want, rel=1e-6)
+    assert whole["train_loss"] != lines[0]["train_loss"]
 
 
 def test_learning_rate():

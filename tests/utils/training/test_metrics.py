@@ -29,7 +29,7 @@ def test_clip_scores_go_on_from_a_state():
     for scores, parts in ((whole, (slice(0, 5), slice(5, 10))), (first, (slice(0, 5),))):
         for part in parts:
             scores.add(logits[part], labels[part], logits[part].mean())
-    second = ClipScores(CPU, first.sums.tolist())
+    second = ClipScores(CPU, first.sums)
     second.add(logits[5:], labels[5:], logits[5:].mean())
     assert torch.equal(second.sums, whole.sums)
 
@@ -37,35 +37,37 @@ def test_clip_scores_go_on_from_a_state():
 def test_fewer_than_five_classes():
     scores = ClipScores(CPU)
     scores.add(torch.eye(3), torch.tensor([0, 1, 0]), torch.tensor(0.5))
-    assert ClipScores.result(scores.sums) == {"loss": 0.5, "top1": pytest.approx(200 / 3), "top5": 100.0}
+    counts = {"top1_hits": 2, "top5_hits": 3, "clips": 3}
+    assert ClipScores.result(scores.sums) == {"loss": 0.5, "top1": pytest.approx(200 / 3), "top5": 100.0} | counts
 
 
 def test_video_scores_average_the_softmax():
     """Two views: one sure of class 0, two unsure of class 1 add up to class 0 only as probabilities."""
-    scores = VideoScores(3, 2, CPU)
+    scores = VideoScores(3, CPU)
     logits = torch.tensor([[9.0, 0.0], [0.0, 0.5], [0.0, 3.0], [0.0, 0.1]])
     scores.add(logits[:2], torch.tensor([0, 0]), torch.tensor([0, 0]))
     scores.add(logits[2:], torch.tensor([0, 1]), torch.tensor([1, 2]))
-    assert VideoScores.result(scores.sums()) == {"top1": pytest.approx(200 / 3), "top5": 100.0, "videos": 3}
+    counts = {"top1_hits": 2, "top5_hits": 3, "videos": 3}
+    assert VideoScores.result(scores.sums()) == {"top1": pytest.approx(200 / 3), "top5": 100.0} | counts
 
 
 def test_videos_without_a_clip_do_not_count():
-    scores = VideoScores(5, 2, CPU)
+    scores = VideoScores(5, CPU)
     scores.add(torch.tensor([[1.0, 0.0]]), torch.tensor([0]), torch.tensor([3]))
     result = VideoScores.result(scores.sums())
     assert result["top1"] == 100.0 and result["videos"] == 1
-    assert math.isnan(VideoScores.result(VideoScores(5, 2, CPU).sums())["top1"])
+    assert math.isnan(VideoScores.result(VideoScores(5, CPU).sums())["top1"])
 
 
 def test_scores_of_several_processes_add_up():
     """Videos dealt out to 3 processes: the sums of their sums are those of one."""
     logits, labels, videos = torch.randn(22, 4), torch.arange(11).repeat_interleave(2) % 4, torch.arange(22) // 2
-    whole = VideoScores(11, 4, CPU)
+    whole = VideoScores(11, CPU)
     whole.add(logits, labels, videos)
     sums = torch.zeros(3, dtype=torch.float64)
     for rank in range(3):
         own = videos % 3 == rank
-        part = VideoScores(11, 4, CPU)
+        part = VideoScores(11, CPU)
         part.add(logits[own], labels[own], videos[own])
         sums += part.sums()
     assert torch.equal(sums, whole.sums()) and sums[2] == 11

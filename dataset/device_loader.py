@@ -1,0 +1,135 @@
+"""Loaders whose batches arrive on the device, copied ahead of need and split into key and residual frames."""
+
+import signal
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Sampler
+
+from dataset.batch_sampler import EvalBatchSampler, TrainBatchSampler
+from dataset.clips import VideoTable
+from dataset.frame_sampling import FrameSampling
+from dataset.residual import key_residual_split
+from dataset.video import VideoBatch, VideoDataset, collate, make_loader
+from utils.errors import UserError, explain_loading
+from utils.runtime import Runtime
+
+
+class Batch(NamedTuple):
+    """What the network and the criterion take."""
+
+    key: Tensor  # [B, K, 3, H, W], normalised
+    residual: Tensor  # [B, K, stride-1, 3, H, W]
+    labels: Tensor  # int64 [B]
+    videos: Tensor  # int64 [B], index into the table
+
+
+class DeviceLoader:
+    """Batches of a DataLoader on the device of `runtime`, for clips in segments of `stride` frames.
+
+    Iterating gives uint8 `VideoBatch`es; on a GPU the next one is copied while the present one is used. `split`
+    makes a `Batch` of one just before the network takes it, because key and residual frames are up to four times
+    as large. Raises UserError if a data loading process dies.
+    """
+
+    def __init__(self, loader: DataLoader, stride: int, runtime: Runtime):
+        self._loader, self._stride, self._runtime = loader, stride, runtime
+        self.batches = loader.batch_sampler
+        self.videos: VideoTable = loader.dataset.videos
+
+    @property
+    def clips(self) -> int:
+        """Clips in an epoch."""
+        return len(self._loader.dataset)
+
+    def __iter__(self) -> Iterator[VideoBatch]:
+        return to_device(self._loaded(), self._runtime.device)
+
+    def split(self, batch: VideoBatch) -> Batch:
+        key, residual = key_residual_split(batch.clips, self._stride, self._runtime.precision)
+        return Batch(key, residual, batch.labels, batch.videos)
+
+    def empty(self) -> VideoBatch:
+        """A batch without a clip, on the device."""
+        return next(to_device([collate([])], self._runtime.device))
+
+    def first_clips(self, count: int) -> VideoBatch:
+        """Clips of the first epoch, decoded in this process, for a picture. Videos that cannot be read are left
+        out."""
+        data = self._loader.dataset
+        return collate([data[0, index] for index in range(min(count, len(data)))])
+
+    def _loaded(self) -> Iterator[VideoBatch]:
+        try:
+            iterator = iter(self._loader)
+            # PyTorch would raise a worker's death wherever the main thread happens to be, even in the middle of an
+            # optimizer step. Without its handler the death is noticed at the next wait for a batch.
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            yield from iterator
+        except (RuntimeError, OSError, ValueError) as error:
+            explained = explain_loading(error)
+            if explained is None:
+                raise  # a fault of this code: the traceback shows it
+            raise explained from error
+
+
+@dataclass(frozen=True)
+class LoaderMaker:
+    """What all loaders of a run have in common."""
+
+    sampling: FrameSampling
+    stride: int  # frames of a segment
+    batch_size: int  # clips a batch and rank
+    workers: int  # data loading processes of each rank
+    seed: int
+    strict: bool
+    runtime: Runtime
+
+    def train(self, videos: VideoTable, clips: numpy.ndarray, transform: Callable[[Tensor], Tensor]) -> DeviceLoader:
+        """The clips, shuffled anew each epoch. Raises UserError if there are fewer clips than ranks."""
+        if 0 < len(clips) < self.runtime.count:
+            raise UserError(f"{len(clips)} training clips cannot be shared out to {self.runtime.count} processes")
+        batches = TrainBatchSampler(len(clips), self.batch_size, self.seed, self.runtime.rank, self.runtime.count)
+        return self._loader(videos, clips, [transform], batches)
+
+    def eval(
+        self, videos: VideoTable, clips: numpy.ndarray, transforms: Sequence[Callable[[Tensor], Tensor]]
+    ) -> DeviceLoader:
+        """The clips in order. transforms: one for each crop."""
+        batches = EvalBatchSampler(clips, self.batch_size, self.runtime.rank, self.runtime.count)
+        return self._loader(videos, clips, transforms, batches)
+
+    def _loader(self, videos: VideoTable, clips: numpy.ndarray, transforms: Sequence, batches: Sampler) -> DeviceLoader:
+        data = VideoDataset(videos, clips, self.sampling, transforms, self.seed, self.strict)
+        loader = make_loader(data, batches, self.workers, pin=self.runtime.device.type == "cuda")
+        return DeviceLoader(loader, self.stride, self.runtime)
+
+
+def to_device(batches: Iterable[VideoBatch], device: torch.device) -> Iterator[VideoBatch]:
+    """The batches on the device; on a GPU the next one is copied, as uint8, while the present one is used."""
+    if device.type != "cuda":
+        yield from batches
+        return
+    side = torch.cuda.Stream(device)
+    ahead = None
+    for batch in batches:
+        with torch.cuda.stream(side):
+            copied = VideoBatch(*(tensor.to(device, non_blocking=True) for tensor in batch[:3]), batch.failed)
+            done = side.record_event()
+        if ahead is not None:
+            yield _taken(*ahead, device)
+        ahead = copied, done
+    if ahead is not None:
+        yield _taken(*ahead, device)
+
+
+def _taken(batch: VideoBatch, copied: torch.cuda.Event, device: torch.device) -> VideoBatch:
+    stream = torch.cuda.current_stream(device)
+    stream.wait_event(copied)
+    for tensor in batch[:3]:
+        tensor.record_stream(stream)  # the side stream must not reuse it while this stream reads it
+    return batch
