@@ -226,7 +226,7 @@ def load_data(
         eval_loader, evaluated_clips = test_on(val)
     short = sum(count_short(videos, sampling) for videos in (train, val, test))
     print(
-        f"data: training on {len(clips)} clips of {len(train)} videos; "
+        f"data: training on {len(clips)} videos; "
         f"{f'{len(val)} to validate, ' if len(val) else ''}{len(test)} to test, {args.views} views x {args.crops} "
         f"crops each; {short} have fewer frames than a clip and repeat some"
     )

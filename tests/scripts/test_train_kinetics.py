@@ -246,7 +246,7 @@ def test_a_full_shared_memory_is_one_line(monkeypatch, capfd, list_flags):
     """Limited as the disk above: a batch does not fit where its worker hands it over."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    monkeypatch.setattr("utils.training.fit._save_last", lambda *arguments: None)
+    monkeypatch.setattr("utils.training.fit.TrainingState.save", lambda *arguments: None)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))
         status, _, err = run(monkeypatch, capfd, list_flags | {"-j": 1, "-b": 5})
