@@ -69,12 +69,11 @@ def test_clips_in_order_and_shuffled(videos, workers):
                 assert torch.equal(clip, normalised(want)) and label == want_label
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_video_that_cannot_be_decoded_is_one_line(videos, monkeypatch, workers):
+def test_a_video_that_cannot_be_decoded_is_one_line(videos, monkeypatch):
     def fail(path, *_):
         raise VideoError(f"{path}: cannot be decoded")
 
     monkeypatch.setattr(dataset.video, "RETRY_SECONDS", ())
     monkeypatch.setattr(dataset.video, "decode_frames", fail)
     with pytest.raises(UserError, match=rf"^\S*{Path(videos.path(0)).name}: cannot be decoded$"):
-        list(clip_batches(videos, workers))
+        list(clip_batches(videos))

@@ -142,8 +142,9 @@ def test_defaults(tmp_path):
             train_A_and_B=False, recurrent=True, loss="last",
         ),
         SNN_trainer=TrainerConfig(
-            epochs=3, import_CNN_forward_data=False, verify_CNN_data=False, get_initial_testing_accuracy=True, do_SNN_training=True,
-            optimizer="adam", learning_rate=0.001, weight_decay=0.0, end_to_end=False, resume=True,
+            epochs=3, import_CNN_forward_data=False, verify_CNN_data=False, get_initial_testing_accuracy=True,
+            do_SNN_training=True, optimizer="adam", learning_rate=0.001, weight_decay=0.0, end_to_end=False,
+            resume=True,
         ),
     )  # fmt: skip
 
@@ -212,7 +213,9 @@ BAD_VALUES = {
     "bool is no choice": ({"split": True}, "split: must be one of 1, 2, 3, got true"),
     "choice or null": ({"SNN.neuron": "Lif"}, f'SNN.neuron: must be one of {NEURONS} or null, got "Lif"'),
     "backbone": ({"CNN.backbone": "vgg16"}, f'CNN.backbone: must be one of {", ".join(BACKBONES)}, got "vgg16"'),
-    "nan": ({"SNN_trainer.learning_rate": float("nan")}, "SNN_trainer.learning_rate: must be from 0 to 1000000, got NaN"),
+    "nan": (
+        {"SNN_trainer.learning_rate": float("nan")}, "SNN_trainer.learning_rate: must be from 0 to 1000000, got NaN",
+    ),
     "infinite": ({"SNN.theta": float("inf")}, "SNN.theta: must be from 1 to 1000000, got Infinity"),
     "int beyond float": ({"SNN.theta": 10**400}, f"SNN.theta: must be from 1 to 1000000, got 1{'0' * 76}..."),
     "seed": ({"seed": 2**63}, f"seed: must be from 0 to {2**63 - 1}, got 9223372036854775808"),
@@ -265,7 +268,9 @@ BAD_FILES = {
     "not JSON": (
         '{\n  "name": "x",\n  "seed" 1}', "not JSON: Expecting ':' delimiter: line 3 column 10 (char 26)",
     ),
-    "list": ([1, 2], f"the file: must be an object {{...}} with the keys {', '.join(get_type_hints(Config))}, got [1, 2]"),
+    "list": (
+        [1, 2], f"the file: must be an object {{...}} with the keys {', '.join(get_type_hints(Config))}, got [1, 2]",
+    ),
 }  # fmt: skip
 
 
