@@ -3,9 +3,9 @@
     python -m benchmarks.bench_heads ensemble_array       # 10,000 x 50 neurons, 28 frames, minibatch 100
     python -m benchmarks.bench_heads lmu                  # parallel against step by step, T 28 and 256
 
-The ensemble array: seconds of a training step (forward, backward, Adam) and of a test pass over one minibatch,
-and the most memory that the process has held. The LMU: both forms take turns on the same input; the ratio is
-the median over rounds, and the largest difference of their outputs and gradients is shown.
+The ensemble array: prints the seconds of a training step (forward, backward, Adam) and of a test pass over one
+minibatch, and the process's peak memory. The LMU: both forms take turns on the same input. Prints the median of
+their ratio over the rounds, and the largest difference of their outputs and gradients.
 """
 
 import argparse

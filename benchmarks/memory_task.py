@@ -1,11 +1,11 @@
-"""Delayed recall: can a head remember what it was shown, and does what it learnt survive the spikes?
+"""Delayed recall: does a head remember what it was shown, and does it still remember when its neurons spike?
 
     python -m benchmarks.memory_task --seeds 1 2 3
 
-A symbol (one of 8) is shown for 4 of 28 steps, then 24 steps of noise; the class is the symbol. The symbol is
-in the input without noise, so the optimum is 100 %; chance is 12.5 %. Three heads of the same size: the
-rate-based LMU; the spiking LMU trained through its spikes; the spiking LMU trained with rates and tested
-with spikes, as the original pipeline did it.
+A symbol (one of 8) is shown for 4 steps, then noise follows for 24 steps; the class is the symbol. The symbol is
+shown without noise, so the best possible accuracy is 100 %; chance is 12.5 %. Three heads of the same size are
+compared: the rate-based LMU; the spiking LMU trained through its spikes; the spiking LMU trained with rates and
+tested with spikes, as in the original pipeline.
 """
 
 import argparse
@@ -17,7 +17,8 @@ from torch import Tensor
 
 from models.heads.lmu import LMUHead
 from models.heads.neurons import SpikingRectifiedLinear
-from utils.heads.engine import evaluate, minibatches, train_epoch
+from utils.heads.batches import minibatches
+from utils.heads.engine import evaluate, train_epoch
 
 SYMBOLS, STEPS, SHOWN = 8, 28, 4
 NOISE = 0.5  # standard deviation of each input after the symbol
@@ -39,7 +40,7 @@ def delayed_recall(count: int, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def trained(head: str, seed: int, epochs: int) -> dict[str, float]:
-    """Last-step accuracies in percent: {"train", "test"}."""
+    """Accuracies at the last step, in percent: {"train", "test"}."""
     torch.manual_seed(seed)
     neuron, mode = HEADS[head]
     model = LMUHead(SYMBOLS, SYMBOLS, units=64, order=6, theta=STEPS, memory=4, neuron=neuron)

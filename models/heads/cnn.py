@@ -14,16 +14,17 @@ _PROJECTION_WIDTHS = (1024, 768, 512)
 
 
 class FrameCNN(nn.Module):
-    """A torchvision ResNet without its classifier: frames [N, 3, H, W], normalised -> features [N, width].
+    """A torchvision ResNet without its classifier: normalised frames [N, 3, H, W] -> features [N, width].
 
-    width: 2048 (512 for resnet18 and resnet34), the global average of the last stage. With `projection`
-    that goes through the published layers 2048-1024-768-512, and width is 512.
+    The features are the global average of the last stage: width is 2048, or 512 for resnet18 and resnet34. With
+    `projection` they go through the published layers 2048-1024-768-512, and width is 512. The module starts in eval
+    mode, without gradients.
 
-    weights: as for `models.resnet.load_weights`. With `projection` a path is that of a state dict of this
-    module, and other weights leave the projection random. Its names are those of published "ResCNNEncoder"
-    checkpoints of video classification (resnet.<place among the ResNet's children>, fc1, bn1, fc2, bn2,
-    fc3), which can be given as they are. Starts in eval mode, without gradients. Raises UserError where
-    the weights cannot be had or do not fit.
+    weights: as for `models.resnet.load_weights`. With `projection`, a path is a state dict of this module; its
+        names are those of the published "ResCNNEncoder" checkpoints (resnet.<number of the ResNet's child>, fc1,
+        bn1, fc2, bn2, fc3). All other weights leave the projection random.
+
+    Raises UserError if the weights cannot be loaded or do not fit.
     """
 
     def __init__(self, backbone: str = "resnet152", weights: str | None = "default", projection: bool = False):
@@ -62,21 +63,20 @@ def _names_resnet_weights(weights: str | None, backbone: str) -> bool:
 
 
 def _load_state_dict(network: nn.Module, file: str, what: str) -> None:
-    """Raises UserError naming the first key that is unknown, missing or of another shape."""
-    found = {
-        name.removeprefix("module."): value for name, value in read_state_dict(Path(file)).items()
-    }  # DataParallel's
+    """Raises UserError with the first key that is unknown, missing or of another shape."""
+    # DataParallel puts "module." before each name.
+    found = {name.removeprefix("module."): value for name, value in read_state_dict(Path(file)).items()}
     own = network.state_dict()
     problems = [f"{name} does not belong to it" for name in found if name not in own]
     # Files older than PyTorch 0.4.1 have no num_batches_tracked.
     problems += [f"{name} is missing" for name in own if name not in found and not name.endswith("num_batches_tracked")]
     problems += [
-        f"{name} is {list(found[name].shape)} where {list(value.shape)} is wanted"
+        f"{name} is {list(found[name].shape)}, expected {list(value.shape)}"
         for name, value in own.items()
         if name in found and found[name].shape != value.shape
     ]
     if problems:
-        raise UserError(f"--weights {file}: not the weights of {what}: {problems[0]}")
+        raise UserError(f"{file}: not the weights of {what}: {problems[0]}")
     network.load_state_dict(found, strict=False)
 
 
@@ -85,6 +85,6 @@ def weights_digest(network: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, value in sorted(network.state_dict().items()):
         digest.update(f"{name} {list(value.shape)} {value.dtype}\n".encode())
-        # As bytes: numpy has no bfloat16.
+        # Viewed as bytes, because numpy has no bfloat16.
         digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()

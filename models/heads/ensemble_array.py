@@ -5,25 +5,29 @@ import math
 import torch
 from torch import Tensor, nn
 
-from models.heads.neurons import DT, Neuron, SpikingRectifiedLinear, rate_counterpart
-from models.heads.synapse import Lowpass
+from models.heads.neurons import DT, Lowpass, Neuron, SpikingRectifiedLinear, rate_counterpart
 
-MAX_RATES_HZ = (200.0, 400.0)  # nengo's defaults, drawn uniformly
+# nengo's defaults; drawn uniformly from these ranges.
+MAX_RATES_HZ = (200.0, 400.0)
 INTERCEPTS = (-1.0, 0.9)
-# Neurons handled at a time, times clips: 1 M values of a dozen tensors stay near a CPU's cache, and memory stays
-# at what one piece needs however many ensembles there are.
+# Neurons times clips that are simulated at a time: a dozen tensors of 1 M values stay near a CPU's cache, and the
+# memory needed does not grow with the number of ensembles.
 _CHUNK_VALUES = 1 << 20
 
 
 class EnsembleArray(nn.Module):
-    """`ensembles` ensembles of `neurons_per_ensemble` neurons, each representing one number.
+    """`ensembles` ensembles of `neurons_per_ensemble` neurons; each ensemble represents one number x.
 
-    forward: features [T, B, inputs] -> logits [T, B, classes]: transform [ensembles, inputs] through a
-    Lowpass synapse, neurons of current gain * encoder * x + bias, decoders, readout [classes, ensembles]. As in
-    nengo the ensembles see the synapse's output of the step before, zero at the first.
+    forward: features [T, B, inputs] -> logits [T, B, classes], in four stages: transform [ensembles, inputs]
+    through a Lowpass synapse gives x; neurons get the current gain * encoder * x + bias; decoders give x again;
+    readout [classes, ensembles]. As in nengo, the ensembles see the synapse's output of the step before, and
+    zero at the first step.
 
-    `neuron` may be exchanged between calls (training with rates, testing with spikes). All but the
-    neurons' time constants is trained; gradients through spikes are the rates' (`models.heads.neurons`).
+    neuron: can be exchanged between calls (to train with rates and test with spikes).
+    synapse_seconds: time constant of the synapse.
+
+    Everything but the neurons' time constants is trained. Spikes have the gradient of the rate
+    (`models.heads.neurons`).
     """
 
     def __init__(
@@ -38,7 +42,7 @@ class EnsembleArray(nn.Module):
         sign = torch.randint(0, 2, size).to(gain) * 2 - 1  # a one-dimensional encoder is a direction
         self.scaled_encoders = nn.Parameter(gain * sign)  # gain * encoder, [ensembles, neurons]
         self.bias = nn.Parameter(bias)
-        # Neurons of an ensemble start at different phases, or all of them would spike at once.
+        # The neurons of an ensemble start at different phases. Otherwise all of them would spike at once.
         self.register_buffer("initial_voltage", torch.rand(size))
         self.decoders = nn.Parameter(solve_decoders(gain * sign, bias, neuron))
         self.transform = nn.Parameter(torch.randn(ensembles, inputs) / math.sqrt(inputs))
@@ -51,15 +55,15 @@ class EnsembleArray(nn.Module):
         return self.decoded(represented) @ self.readout.T
 
     def decoded(self, represented: Tensor) -> Tensor:
-        """What the ensembles give for the numbers they are given: [T, B, ensembles] both."""
+        """The numbers that the ensembles decode from their neurons' output: [T, B, ensembles] -> the same shape."""
         return _Ensembles.apply(
             represented, self.scaled_encoders, self.bias, self.decoders, self.initial_voltage, self.neuron
         )
 
 
 def solve_decoders(scaled_encoders: Tensor, bias: Tensor, neuron: Neuron, points: int = 51) -> Tensor:
-    """[ensembles, neurons]: regularised least squares for decoding the represented number in [-1, 1] from the
-    neurons' rates, as nengo's LstsqL2 (reg 0.1)."""
+    """[ensembles, neurons]: decoders of the represented number in [-1, 1] from the neurons' rates. Regularised least
+    squares over `points` numbers, as nengo's LstsqL2 (reg 0.1)."""
     x = torch.linspace(-1.0, 1.0, points, dtype=torch.float64)
     decoders = torch.empty_like(scaled_encoders)
     pieces = max(1, _CHUNK_VALUES // (points * scaled_encoders.shape[1]))
@@ -75,7 +79,7 @@ def solve_decoders(scaled_encoders: Tensor, bias: Tensor, neuron: Neuron, points
 
 
 def _steady_rate(current: Tensor, neuron: Neuron) -> Tensor:
-    """Output without noise: a rate neuron's; a spiking one's, averaged over a second."""
+    """Hz at a constant current: from the rate-based counterpart, or, for Izhikevich, counted over a second."""
     if type(neuron).__name__ != "Izhikevich":
         rate = rate_counterpart(neuron)
         return rate.step(current, rate.initial_state(current), DT)[0]
@@ -89,8 +93,9 @@ def _steady_rate(current: Tensor, neuron: Neuron) -> Tensor:
 class _Ensembles(torch.autograd.Function):
     """All time steps of all ensembles, a piece of the ensembles at a time.
 
-    The backward pass keeps nothing of the neurons: nothing flows back from the outputs into the numbers
-    represented, so all gradients are known at once, and the simulation is run again, forward in time.
+    The neurons' states and outputs are not kept for the backward pass, which runs the simulation again. It can do
+    so forward in time: no output feeds back into `represented`, so the gradients of all outputs are known at its
+    start.
     """
 
     @staticmethod
@@ -130,7 +135,8 @@ def _pieces(represented: Tensor, encoders: Tensor) -> list[slice]:
 
 
 def _simulate(x: Tensor, encoders: Tensor, bias: Tensor, voltage: Tensor, neuron: Neuron, gradients: bool = False):
-    """Yields (step, d rate / d current if asked for, output), the latter two [B, e, n], for x [T, B, e]."""
+    """Simulate the neurons for x [T, B, e]. Yields (step, d rate / d current, output) for each step, the last two
+    [B, e, n]; the gradient is None unless `gradients`."""
     state = None
     for step in range(len(x)):
         current = torch.addcmul(bias, x[step][..., None], encoders)  # [B, e, n]

@@ -5,45 +5,50 @@ import math
 import torch
 from torch import Tensor, nn
 
-from models.heads.neurons import DT, FireStep, Neuron
-from models.heads.synapse import Lowpass
+from models.heads.neurons import DT, FireStep, Lowpass, Neuron
 
-# Hz a unit of a spiking neuron's input: how finely spikes tell a value from another. At 1 ms a step, an input of 1
-# gives a spike every four steps, each of height 4.
+# Hz for each unit of a spiking neuron's input. A higher rate represents a value more finely. With steps of 1 ms an
+# input of 1 gives a spike every four steps, each of height 4.
 RATE_HZ = 250.0
 
 
 def legendre_system(order: int, theta: float) -> tuple[Tensor, Tensor]:
-    """(A [order, order], B [order]) of m_t = A m_{t-1} + B u_t, float64: the memory's continuous system
+    """(A [order, order], B [order]), float64, of m_t = A m_{t-1} + B u_t. theta: the memory's window in time steps.
+
+    This is the memory's continuous system, discretised by zero-order hold with a step of 1:
 
         a_ij = (2i + 1) / theta * (-1 if i < j else (-1)^(i - j + 1)),   b_i = (2i + 1) (-1)^i / theta
-
-    discretised by zero-order hold with a step of 1. theta: the window in steps.
     """
     i = torch.arange(order, dtype=torch.float64)
     rise = (2.0 * i + 1.0) / theta
     sign = torch.where(i[:, None] < i[None, :], -1.0, (-1.0) ** (i[:, None] - i[None, :] + 1.0))
     a, b = rise[:, None] * sign, rise * (-1.0) ** i
-    whole = torch.zeros(order + 1, order + 1, dtype=torch.float64)  # exp of [[a, b], [0, 0]] holds both at once
+    whole = torch.zeros(order + 1, order + 1, dtype=torch.float64)  # the exponential of [[a, b], [0, 0]] holds A and B
     whole[:order, :order], whole[:order, order] = a, b
     whole = torch.linalg.matrix_exp(whole)
     return whole[:order, :order], whole[:order, order]
 
 
 class LMU(nn.Module):
-    """A layer of Legendre memories and of hidden units that read them.
+    """A layer of Legendre memories, and of hidden units that read them.
 
         u_t = [x_t, h_{t-1}] E + m_{t-1} R           memory_encoders, memory_recurrent
-        m_t = A m_{t-1} + B u_t                      for each of `memory` dimensions, `order` numbers
+        m_t = A m_{t-1} + B u_t                      for each of `memory` memories, `order` numbers each
         h_t = f([m_t, x_t] K + h_{t-1} H)            hidden_kernel, hidden_recurrent
 
-    forward: x [T, B, inputs] -> h [T, B, units]. f: tanh, or with `neuron` that neuron's output at J =
-    RATE_HZ times its argument, divided by RATE_HZ. theta: the memory's window in steps.
+    forward: x [T, B, inputs] -> h [T, B, units].
 
-    feedback: whether h and m feed back into u, as published. Without it (Chilkuri & Eliasmith, ICML 2021) E
-    sees x alone and m is a convolution of u: all steps at once, the parallel form. recurrent: whether h feeds
-    back into h. train_system: train A and B too. parallel: take the parallel form where there is no
-    feedback; False goes step by step, to the same numbers.
+    inputs: features of x.
+    units: hidden units.
+    order: numbers that each memory holds.
+    theta: window of the memories, in time steps.
+    memory: number of memories.
+    neuron: f is this neuron's output in units of RATE_HZ, at J = RATE_HZ times its argument; None: f is tanh.
+    feedback: whether h and m feed back into u, as published. Without feedback (Chilkuri & Eliasmith, ICML 2021)
+        E sees x only, and m is a convolution of u: all steps are computed at once (the parallel form).
+    recurrent: whether h feeds back into h.
+    train_system: whether A and B are trained.
+    parallel: take the parallel form if there is no feedback; False computes the same step by step.
     """
 
     def __init__(
@@ -91,7 +96,7 @@ class LMU(nn.Module):
         return torch.stack(hidden)
 
     def _remember(self, x: Tensor, m: Tensor, h: Tensor) -> Tensor:
-        """m_t [B, memory * order] of one step."""
+        """m_t [B, memory * order] from x_t, m_{t-1} and h_{t-1}."""
         if self.memory_recurrent is None:
             u = x @ self.memory_encoders
         else:
@@ -100,14 +105,14 @@ class LMU(nn.Module):
         return m.flatten(-2)
 
     def _convolved(self, u: Tensor) -> Tensor:
-        """m [T, B, memory * order] of all steps at once from u [T, B, memory]: m_t = sum over k of A^k B u_{t-k}."""
+        """m [T, B, memory * order] from u [T, B, memory], all steps at once: m_t = sum over k of A^k B u_{t-k}."""
         steps = len(u)
         response = [self.B]
-        while len(response) < steps:  # doubling: A^n applied to what is there
+        while len(response) < steps:  # twice as many each time: A^n times the first n
             power = torch.linalg.matrix_power(self.A, len(response))
             response += list((torch.stack(response) @ power.T)[: steps - len(response)])
         response = torch.stack(response)  # [T, order]
-        # By Fourier transform, padded so that the end does not wrap into the beginning.
+        # A Fourier transform makes the convolution circular; the padding keeps the end out of the beginning.
         length = 2 * steps
         spectrum = torch.fft.rfft(u, length, dim=0)[..., None] * torch.fft.rfft(response, length, dim=0)[:, None, None]
         return torch.fft.irfft(spectrum, length, dim=0)[:steps].flatten(-2)
@@ -123,10 +128,13 @@ class LMU(nn.Module):
 
 
 class LMUHead(nn.Module):
-    """Features [T, B, inputs] -> logits [T, B, classes]: an LMU and a linear readout; with a spiking neuron the
-    readout sees spikes through a Lowpass synapse.
+    """An LMU and a linear readout: features [T, B, inputs] -> logits [T, B, classes].
 
-    neuron: None is the rate-based LMU (tanh). It may be exchanged between calls.
+    units, order, theta, memory, train_system: as for `LMU`.
+    neuron: None: the rate-based LMU (tanh). With a neuron, the readout sees its output through a Lowpass synapse.
+        Can be exchanged between calls.
+    synapse_seconds: time constant of the synapse.
+    feedback: of `LMU`, its `recurrent` too.
     """
 
     def __init__(

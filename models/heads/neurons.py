@@ -1,17 +1,18 @@
-"""Neurons of the feature pipeline's heads, rate-based and spiking, with nengo's semantics (nengo 4.1, dt 1 ms).
+"""Neurons and the synapse of the heads, rate-based and spiking, with nengo's semantics (nengo 4.1, dt 1 ms).
 
 A neuron turns a current J into an output in Hz: a rate, or spikes of height 1 / dt. `step` is one time
 step from a state that the caller holds. Gradients flow through `rate_gradient`, the derivative of the
-firing rate by the current: for a spiking neuron that is the surrogate (Hunsberger & Eliasmith,
-arXiv 1510.08829): its output is the spikes', its derivative the rate's, step by step.
+firing rate by the current. For a spiking neuron this derivative is the surrogate (Hunsberger & Eliasmith,
+arXiv 1510.08829): in each step the output is spikes, and the gradient is that of the rate.
 """
 
 import dataclasses
+import math
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from utils.errors import UserError
 
@@ -26,14 +27,14 @@ class RectifiedLinear:
     spiking = False
 
     def gain_bias(self, max_rates: Tensor, intercepts: Tensor) -> tuple[Tensor, Tensor]:
-        """(gain, bias) with which a neuron starts to fire where its represented value is `intercepts` (below 1)
-        and fires at `max_rates` Hz where it is 1."""
+        """(gain, bias) of neurons that start to fire at the represented value `intercepts` (below 1) and fire at
+        `max_rates` Hz at the value 1."""
         gain = max_rates / (1.0 - intercepts)
         return gain, -intercepts * gain
 
     def initial_state(self, current: Tensor, voltage: Tensor | None = None) -> State:
-        """The state of neurons at rest; `current` gives shape, type and device. voltage: that of spiking neurons at
-        the start, in units of the threshold, broadcast to `current`."""
+        """The state of neurons at rest; `current` gives shape, type and device. voltage: of spiking neurons at the
+        start, in units of the threshold, broadcast to `current`."""
         return ()
 
     def step(self, current: Tensor, state: State, dt: float) -> tuple[Tensor, State]:
@@ -41,14 +42,14 @@ class RectifiedLinear:
         return current.clamp(min=0.0), state
 
     def rate_gradient(self, current: Tensor, state: State) -> Tensor:
-        """d rate / dJ of a step, from the state before it."""
+        """d rate / dJ of a step; `state` is the state before the step."""
         return (current > 0).to(current.dtype)
 
 
 @dataclass(frozen=True)
 class SpikingRectifiedLinear(RectifiedLinear):
-    """Integrates max(J, 0) and spikes once for each whole number reached; several spikes a step are one
-    output of several times the height. State: (voltage)."""
+    """Integrates max(J, 0) and spikes once for each whole number it reaches. n spikes in one step are one output
+    of n times the height. State: (voltage)."""
 
     spiking = True
 
@@ -67,7 +68,7 @@ class LIFRate:
 
     tau_rc: float = 0.02  # seconds
     tau_ref: float = 0.002  # seconds
-    softness: float = 0.02  # of J - 1 near the threshold, where the rate's derivative would be infinite
+    softness: float = 0.02  # smooths J - 1 in the gradient: at the threshold the rate's derivative is infinite
 
     spiking = False
 
@@ -102,8 +103,8 @@ class LIFRate:
 
 @dataclass(frozen=True)
 class LIF(LIFRate):
-    """Leaky integrate-and-fire with a refractory time; the moment of a spike within a step is solved for.
-    State: (voltage, refractory time left in seconds)."""
+    """Leaky integrate-and-fire with a refractory time. The moment of a spike within its step is computed, so the
+    refractory time can end within a step too. State: (voltage, refractory time left in seconds)."""
 
     spiking = True
 
@@ -125,10 +126,10 @@ class LIF(LIFRate):
 
 @dataclass(frozen=True)
 class AdaptiveLIFRate(LIFRate):
-    """LIFRate whose current is lowered by its own recent output. State: (adaptation)."""
+    """LIFRate whose recent output lowers its current. State: (adaptation)."""
 
     tau_n: float = 1.0  # seconds
-    inc_n: float = 0.01  # of adaptation a spike
+    inc_n: float = 0.01  # adaptation added by a spike
 
     def initial_state(self, current: Tensor, voltage: Tensor | None = None) -> State:
         return (torch.zeros_like(current),)
@@ -144,10 +145,10 @@ class AdaptiveLIFRate(LIFRate):
 
 @dataclass(frozen=True)
 class AdaptiveLIF(LIF):
-    """LIF whose current is lowered by its own recent spikes. State: (voltage, refractory time, adaptation)."""
+    """LIF whose recent spikes lower its current. State: (voltage, refractory time, adaptation)."""
 
     tau_n: float = 1.0  # seconds
-    inc_n: float = 0.01  # of adaptation a spike
+    inc_n: float = 0.01  # adaptation added by a spike
 
     def initial_state(self, current: Tensor, voltage: Tensor | None = None) -> State:
         return *super().initial_state(current, voltage), torch.zeros_like(current)
@@ -165,8 +166,8 @@ class AdaptiveLIF(LIF):
 class Izhikevich:
     """Izhikevich's neuron (IEEE Transactions on Neural Networks 14, 2003). State: (voltage, recovery).
 
-    It has no formula for its rate. It fires from J = 3.8 on, at some 2 J Hz (13 at 6, 42 at 20, 100 at 50):
-    that line's slope, set in softly, is its surrogate.
+    There is no formula for its rate. It starts to fire at J = 3.8, at about 2 J Hz (13 Hz at 6, 42 at 20, 100 at
+    50). The surrogate is the slope of this line, with a smooth start.
     """
 
     tau_recovery: float = 0.02
@@ -177,7 +178,7 @@ class Izhikevich:
     spiking = True
 
     def gain_bias(self, max_rates: Tensor, intercepts: Tensor) -> tuple[Tensor, Tensor]:
-        """By the line of its rate: it starts at 3.8 and reaches `max_rates` at half their number."""
+        """From the line that approximates the rate: J = 3.8 at the intercept, J = max_rates / 2 at the value 1."""
         gain = (max_rates / 2.0 - 3.8) / (1.0 - intercepts)
         return gain, 3.8 - intercepts * gain
 
@@ -213,7 +214,8 @@ _RATES = {"SpikingRectifiedLinear": "RectifiedLinear", "LIF": "LIFRate", "Adapti
 
 
 def rate_counterpart(neuron: Neuron) -> Neuron:
-    """The rate-based neuron that a spiking one stands for. Raises UserError where there is none."""
+    """The rate-based neuron with the same constants; a rate-based `neuron` itself. Raises UserError if there is
+    none."""
     name = type(neuron).__name__
     if not neuron.spiking:
         return neuron
@@ -223,8 +225,9 @@ def rate_counterpart(neuron: Neuron) -> Neuron:
 
 
 class FireStep(torch.autograd.Function):
-    """One step of neurons under autograd: the output is the neuron's, the gradient its rate's; no gradient
-    goes through the state. apply(current, neuron, dt, *state) -> (output, *next state)."""
+    """One step of neurons under autograd. The output comes from `neuron.step`, the gradient from
+    `neuron.rate_gradient`; no gradient flows through the state.
+    apply(current, neuron, dt, *state) -> (output, *next state)."""
 
     @staticmethod
     def forward(ctx, current: Tensor, neuron: Neuron, dt: float, *state: Tensor):
@@ -238,3 +241,24 @@ class FireStep(torch.autograd.Function):
     def backward(ctx, grad_output: Tensor, *_):
         (gradient,) = ctx.saved_tensors
         return grad_output * gradient, None, None, *(None for _ in _)
+
+
+class Lowpass(nn.Module):
+    """First-order synapse, discretised by zero-order hold: y_t = decay y_{t-1} + (1 - decay) x_t, y before the first
+    step is 0.
+
+    forward: [T, ...] -> [T, ...]. tau: seconds; 0 returns x. All steps are computed at once, as a product with the
+    triangular matrix of the impulse response.
+    """
+
+    def __init__(self, tau: float):
+        super().__init__()
+        self.decay = math.exp(-DT / tau) if tau > 0 else 0.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.decay == 0.0:
+            return x
+        steps = torch.arange(len(x), device=x.device)
+        distance = steps[:, None] - steps[None, :]
+        response = torch.where(distance >= 0, (1.0 - self.decay) * self.decay ** distance.clamp(min=0).to(x.dtype), 0.0)
+        return torch.tensordot(response.to(x.dtype), x, dims=1)

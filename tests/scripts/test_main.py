@@ -18,6 +18,8 @@ import models.heads.cnn
 from dataset.decode import VideoError
 from tests.helpers.script import metrics, same_weights
 from utils.checkpoint import load_checkpoint
+from utils.heads import fit
+from utils.heads.batches import FeatureBatches
 from utils.run_folder import leave_run_folders
 from utils.script import run_script
 
@@ -52,6 +54,7 @@ def config(folder: Path, tiny_demo, **changes) -> dict:
         "SNN_trainer": {
             "epochs": 2, "optimizer": "adam", "learning_rate": 0.01, "get_initial_testing_accuracy": False,
             "do_SNN_training": True, "import_CNN_forward_data": False, "end_to_end": False, "resume": True,
+            "verify_CNN_data": False, "weight_decay": 0.0,
         },
     }  # fmt: skip
     for key, value in changes.items():
@@ -96,7 +99,7 @@ def cached(whole, tmp_path) -> None:
 @pytest.fixture
 def start(tmp_path, tiny_demo, cached, monkeypatch, capfd):
     """start("-d", "cpu", epochs=1): a run that must end well; its stdout."""
-    monkeypatch.setattr(main, "save_curves", lambda *_, **__: None)  # takes longer than the rest; `whole` draws them
+    monkeypatch.setattr(fit, "save_curves", lambda *_: None)  # takes longer than the rest; `whole` draws them
 
     def begin(*flags, **changes) -> str:
         status, out, err = run(tmp_path, monkeypatch, capfd, config(tmp_path, tiny_demo, **changes), *flags)
@@ -155,7 +158,7 @@ def test_a_second_start_goes_on(whole, tmp_path, tiny_demo, monkeypatch, capfd):
     no_decoding(monkeypatch)
     status, out, err = run(folder, monkeypatch, capfd, config(folder, tiny_demo, head="all"))
     assert status == 0, err
-    assert out.count("2 of 2 epochs are done") == 3 and "epoch 1/2" not in out and "building" not in out
+    assert out.count("after epoch 2\n") == 3 and "epoch 1/2" not in out and "building" not in out
     for head in HEADS:
         assert (folder / "runs/run" / head / "test.json").read_text() == before[head]
         assert len(metrics(folder / "runs/run" / head)) == 2
@@ -164,7 +167,7 @@ def test_a_second_start_goes_on(whole, tmp_path, tiny_demo, monkeypatch, capfd):
 @pytest.mark.parametrize("head", HEADS)
 def test_a_resumed_run_ends_as_an_undisturbed_one(start, tmp_path, whole, head):
     start(head=head, epochs=1)
-    assert "1 of 2 epochs are done" in start(head=head, epochs=2)
+    assert "last.pt, after epoch 1\n" in start(head=head, epochs=2)
     ours, other = tmp_path / "runs/run", whole / "runs/run" / head
     assert same_weights(ours, other)
     assert metrics(ours) == metrics(other) and len(metrics(ours)) == 2
@@ -173,17 +176,17 @@ def test_a_resumed_run_ends_as_an_undisturbed_one(start, tmp_path, whole, head):
 
 def test_a_run_that_a_signal_stops(start, tmp_path, whole, monkeypatch):
     """It goes on with the epoch that it was stopped in, and ends as if nothing had been."""
-    batches = main.feature_batches
+    shuffled = FeatureBatches.shuffled
 
-    def signalled(config, features, device, epoch):
-        for number, batch in enumerate(batches(config, features, device, epoch)):
+    def signalled(self, epoch):
+        for number, batch in enumerate(shuffled(self, epoch)):
             if (epoch, number) == (1, 1):
                 signal.raise_signal(signal.SIGTERM)
             yield batch
 
     with monkeypatch.context() as patched:
-        patched.setattr(main, "feature_batches", signalled)
-        assert "stopped by SIGTERM in epoch 2; the next start goes on with that epoch" in start()
+        patched.setattr(FeatureBatches, "shuffled", signalled)
+        assert "stopped by SIGTERM in epoch 2; the next start begins this epoch again" in start()
     run = tmp_path / "runs/run"
     assert load_checkpoint(run / "last.pt")["epoch"] == 1
     assert not (run / "test.json").exists() and not (tmp_path / "weights.pt").exists()
@@ -307,7 +310,7 @@ def test_another_optimizer_under_the_same_name(start, refused):
 def test_a_run_that_is_not_to_be_gone_on_with(start, refused, tmp_path):
     start(epochs=1)
     before = (tmp_path / "runs/run/last.pt").read_bytes()
-    refused(r"runs/run holds a run already; set SNN_trainer\.resume to true .* or give another name", resume=False)
+    refused(r"runs/run: holds a run already; set SNN_trainer\.resume to true .* or give another name", resume=False)
     assert (tmp_path / "runs/run/last.pt").read_bytes() == before
 
 
@@ -318,9 +321,10 @@ def test_weights_that_are_not_there(start, refused, tmp_path):
     refused(r"weights\.pt: not a readable checkpoint", do_SNN_training=False)
 
 
-@pytest.mark.parametrize(("optimizer", "rate"), [("sgd", 1e37), ("adam", 1e38)])
-def test_a_loss_that_is_not_finite(refused, tmp_path, optimizer, rate):
-    refused(r"learning_rate", learning_rate=rate, optimizer=optimizer)
+def test_a_loss_that_is_not_finite(refused, tmp_path):
+    """SGD multiplies the weights by 1 - learning_rate * weight_decay in each step."""
+    message = r"the loss became (nan|inf); take a smaller learning_rate"
+    refused(message, optimizer="sgd", learning_rate=1e6, weight_decay=1e6, epochs=5)
     assert not (tmp_path / "weights.pt").exists()
 
 
@@ -339,9 +343,21 @@ def test_a_truncated_cache(start, refused, tmp_path):
     start(import_CNN_forward_data=True)
 
 
+def test_a_changed_cache_is_noticed_on_request(start, refused, tmp_path):
+    data = tmp_path / "cache/train_data.npy"
+    content = bytearray(data.read_bytes())
+    content[-2] ^= 1
+    data.write_bytes(content)
+    start(epochs=1)
+    assert data.read_bytes() == content
+    refused(r"train_data\.npy: damaged: its checksum differs", import_CNN_forward_data=True, verify_CNN_data=True)
+    assert "checksum differs; building it" in start(name="verified", epochs=1, verify_CNN_data=True)
+    assert data.read_bytes() != content
+
+
 def test_a_cache_that_is_not_there(refused, tmp_path):
     (tmp_path / "cache/train_data.npy").unlink()
-    refused(r"train_data\.npy: no such file, but import_CNN_forward_data is true", import_CNN_forward_data=True)
+    refused(r"train_data\.npy: no such file; set import_CNN_forward_data to false", import_CNN_forward_data=True)
 
 
 def test_a_video_that_cannot_be_read_is_left_out(start, tmp_path, tiny_demo):
@@ -349,7 +365,7 @@ def test_a_video_that_cannot_be_read_is_left_out(start, tmp_path, tiny_demo):
     broken = sorted(tmp_path.glob("videos/*/*.avi"))[0]
     broken.write_bytes(b"no video")
     out = start(data_path=str(tmp_path / "videos"), epochs=1, frames_per_segment=1)
-    assert re.search(r"1 of 32 videos cannot be read and are left out: .*" + broken.name, out)
+    assert re.search(r"1 videos cannot be read and are left out, the first: .*" + broken.name, out)
     clips = re.search(r"features: \[(\d+), .* \[(\d+), ", out)
     assert sum(map(int, clips.groups())) == 31
 
@@ -377,9 +393,15 @@ def test_bad_paths(refused, key, value, message):
     refused(message, **{key: value})
 
 
+def test_every_data_set_has_a_reader_of_its_layout(refused, tmp_path):
+    """HMDB-51's lists are not UCF-101's."""
+    refused(r"classInd\.txt", dset="ucf101")
+    refused(r"dset: must be one of ucf101, hmdb51, demo, demo_orders, got \"hmdb\"", dset="hmdb")
+
+
 @pytest.mark.parametrize(("key", "value"), [(key, value) for key, (value, _) in BAD_PATHS.items()])
 def test_bad_paths_are_named_by_their_key(refused, key, value):
-    refused(rf"^(?!.* --).*{key}", **{key: value})
+    refused(rf"^error: [\w., ]*\b{key}\b[\w., ]*: ", **{key: value})
 
 
 def test_features_are_imported_without_the_weights_that_made_them(start):

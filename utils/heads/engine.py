@@ -1,8 +1,7 @@
-"""Training and testing of heads on sequences of features that lie in memory (the feature pipeline)."""
+"""One epoch of training, and testing, of a head on sequences. utils/heads/fit.py calls both."""
 
 import contextlib
 import math
-import random
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
@@ -13,13 +12,13 @@ from models.heads.neurons import rate_counterpart
 from utils.errors import UserError
 from utils.progress import Progress
 
-_STEPS_BETWEEN_READINGS = 10  # of the loss: on a GPU each waits for it
+_STEPS_BETWEEN_CHECKS = 10  # of the loss: on a GPU each check waits for the step
 
 
 @contextlib.contextmanager
 def neurons_of(head: nn.Module, train_mode: str) -> Iterator[None]:
-    """Inside: the neurons that `head` trains with. train_mode "spiking": its own; "rate": their rate-based
-    counterparts, as the original pipeline did, which are not what it is tested with."""
+    """A context in which `head` has the neurons that it trains with. train_mode "spiking": its own neurons; "rate":
+    their rate-based counterparts, as in the original pipeline. A head is always tested with its own neurons."""
     own = head.neuron
     if train_mode == "rate" and own is not None:
         head.neuron = rate_counterpart(own)
@@ -30,18 +29,10 @@ def neurons_of(head: nn.Module, train_mode: str) -> Iterator[None]:
 
 
 def sequence_loss(logits: Tensor, labels: Tensor, loss: str) -> Tensor:
-    """Cross-entropy of logits [T, B, classes] at the last step, or, "every", the mean over all steps."""
+    """Cross-entropy of logits [T, B, classes]. loss "last": at the last step; "every": the mean over all steps."""
     if loss == "last":
         return F.cross_entropy(logits[-1], labels)
     return F.cross_entropy(logits.flatten(0, 1), labels.repeat(len(logits)))
-
-
-def minibatches(count: int, size: int, seed: int, epoch: int | None) -> list[list[int]]:
-    """Indices of each minibatch: shuffled, a function of (seed, epoch); in order where epoch is None."""
-    order = list(range(count))
-    if epoch is not None:
-        random.Random(f"sequences/{seed}/{epoch}").shuffle(order)
-    return [order[start : start + size] for start in range(0, count, size)]
 
 
 def train_epoch(
@@ -57,18 +48,26 @@ def train_epoch(
     should_stop: Callable[[], bool] = lambda: False,
     shown: bool = True,
 ) -> dict[str, float] | None:
-    """One epoch of `steps` minibatches (inputs, labels int64 [B]) on the device. network: inputs -> logits
-    [T, B, classes], by way of `head`, whose neurons `train_mode` chooses.
+    """Train for one epoch.
 
-    Returns {"train_loss", "train_last_step"} (accuracy in percent), None where `should_stop` cut it off.
-    Raises UserError where the loss is not finite.
+    network: inputs -> logits [T, B, classes].
+    head: the part of `network` whose neurons `train_mode` chooses.
+    batches: minibatches (inputs, labels int64 [B]) on the network's device.
+    task: name of the epoch, for messages.
+    steps: number of minibatches, for the progress bar.
+    loss, train_mode: as for `sequence_loss` and `neurons_of`.
+    should_stop: called before each step; the epoch is left unfinished if it returns True.
+    shown: whether progress is printed.
+
+    Returns {"train_loss", "train_last_step"}, the latter an accuracy in percent; None if the epoch was stopped.
+    Raises UserError if the loss is not finite.
     """
     sums = None  # of loss, correct, clips
     with neurons_of(head, train_mode), Progress(steps, task, "minibatch", shown=shown) as progress:
         for done, (inputs, labels) in enumerate(batches):
             if should_stop():
                 return None
-            if sums is not None and done % _STEPS_BETWEEN_READINGS == 0 and not math.isfinite(sums[0].item()):
+            if sums is not None and done % _STEPS_BETWEEN_CHECKS == 0 and not math.isfinite(sums[0].item()):
                 break
             logits = network(inputs)
             value = sequence_loss(logits, labels, loss)
@@ -88,9 +87,13 @@ def train_epoch(
 
 @torch.no_grad()
 def evaluate(network: Callable[[Tensor], Tensor], batches: Iterable[tuple[Tensor, Tensor]], videos: Tensor) -> dict:
-    """Accuracies in percent: "per_step" (a list over time), "last_step", and "video" (softmax of the last step,
-    mean over a video's clips), with the mean "loss" of the last step. batches: (inputs, labels) of all clips in
-    order. videos: int64 [clips], the video of each."""
+    """Test with the neurons that the head has.
+
+    batches: minibatches (inputs, labels) of all clips in order. videos: int64 [clips], the video of each clip.
+
+    Returns accuracies in percent: "per_step", a list over time; "last_step"; "video", from the mean of the softmax
+    of the last step over a video's clips. Also "loss", the mean over the clips at the last step, and "counts".
+    """
     correct = loss = 0
     probabilities, labels = [], []
     for inputs, wanted in batches:

@@ -1,8 +1,7 @@
-"""Features that a frozen CNN gives of every frame of the fixed clips of videos: computed once, then mapped
-into memory from a .npy file.
+"""Features that a frozen CNN computes from every frame of the evaluation clips: computed once, kept in a .npy file.
 
-Beside the file NAME lie NAME.json, which says what it was made of and its checksum, and while it is being
-made .NAME.part.npy and .NAME.part.json, from which an interrupted start goes on.
+Beside the file NAME lies NAME.json: what it was made of, its size and its checksum. While NAME is built there are
+.NAME.part.npy and .NAME.part.json. The next start continues an interrupted build from them.
 """
 
 import errno
@@ -18,7 +17,7 @@ from pathlib import Path
 import numpy
 import torch
 from numpy.lib.format import open_memmap
-from torch import nn
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from dataset.batch_sampler import EvalBatchSampler
@@ -26,29 +25,39 @@ from dataset.clips import VideoTable, eval_clips
 from dataset.residual import normalised
 from dataset.transforms import eval_transforms
 from dataset.video import VideoDataset, make_loader
-from models.heads.cnn import weights_digest
+from models.heads.cnn import FrameCNN, weights_digest
 from utils.errors import UserError
 from utils.files import write_atomically
 from utils.progress import Progress
 
 _FORMAT = 1
-_PIECE_BYTES = 16 * 2**20
 _SECONDS_BETWEEN_SAVES = 30.0
-_TO_BUILD = "set the config's import_CNN_forward_data to false to build it"
 
 
 @dataclass(frozen=True)
 class Features:
-    """Clips stand as in `dataset.clips.eval_clips`: those of a video one after another."""
+    """Features of clips, in the order of `dataset.clips.eval_clips`: the clips of a video one after another."""
 
     data: numpy.ndarray  # float32 [clips, frames, width], mapped from the file, read-only
     labels: numpy.ndarray  # int64 [clips]
     videos: numpy.ndarray  # int64 [clips], index into the table
 
+    def moments(self) -> tuple[Tensor, Tensor]:
+        """(mean, standard deviation), each [width], over clips and frames. A feature that never changes gets the
+        deviation 1."""
+        pieces = [self.data[start : start + 256] for start in range(0, len(self.data), 256)]  # may exceed the memory
+        count = self.data.shape[0] * self.data.shape[1]
+        mean = sum(piece.sum((0, 1), dtype="float64") for piece in pieces) / count
+        variance = sum(((piece - mean) ** 2).sum((0, 1), dtype="float64") for piece in pieces) / count
+        deviation = torch.from_numpy(variance**0.5).float()
+        return torch.from_numpy(mean).float(), torch.where(deviation > 0, deviation, 1.0)
+
 
 class _Files:
-    def __init__(self, data: Path, labels: Path):
-        self.data, self.labels = data, labels
+    """data: the features. manifest: what they were made of. part, part_manifest: the same during a build."""
+
+    def __init__(self, data: Path):
+        self.data = data
         self.manifest = data.with_name(f"{data.name}.json")
         self.part = data.with_name(f".{data.name}.part.npy")
         self.part_manifest = data.with_name(f".{data.name}.part.json")
@@ -59,7 +68,7 @@ def cached_features(
     labels_file: Path,
     videos: VideoTable,
     sampling,
-    network: nn.Module | None,
+    network: FrameCNN | None,
     description: dict,
     *,
     device: torch.device,
@@ -68,41 +77,51 @@ def cached_features(
     size: int,
     pin: bool,
     may_build: bool,
-    shuffle: bool = False,
+    verify: bool = False,
 ) -> Features:
-    """The features of the sampling's views of every video, out of `data_file` if it was made of the same
-    videos, sampling, size and network, else, where `may_build`, computed and kept there.
+    """The features of every video's evaluation clips: read from `data_file` if it was made of the same videos,
+    sampling, frame size and network, otherwise computed and written to it.
 
-    network: normalised frames float32 [N, 3, size, size] -> [N, width]; a build leaves it on `device`, in
-    eval mode. None, where not `may_build`: its weights are not at hand to compare. description: what else
-    there is to say of it, JSON. batch_size: clips. shuffle: accepted and without effect: in whatever
-    order videos go through a frozen network, the features are the same.
-    Raises UserError where there is no such file or it does not fit or is damaged and `may_build` is
-    False, for a video that cannot be decoded, and where the files cannot be written.
+    data_file: .npy of the features.
+    labels_file: .npy of the clips' labels; for other programs, it is never read for its values.
+    videos: the videos, each of which must be decodable.
+    sampling: gives the frames of each clip (`dataset.frame_sampling`).
+    network: normalised frames float32 [N, 3, size, size] -> [N, width]. A build moves it to `device`. None, only
+        without `may_build`: its weights are not compared.
+    description: more to compare, in types that JSON has.
+    device: where the features are computed.
+    batch_size: clips in a batch of the network.
+    workers: processes that decode videos.
+    size: pixels, side of a frame.
+    pin: for copies to a GPU beside computation.
+    may_build: False: only read the files.
+    verify: compare the checksum of `data_file`, which reads it whole. Its size is always compared.
+
+    Raises UserError if the files do not fit or are damaged without `may_build`, if a video cannot be decoded and if
+    the files cannot be read or written.
     """
-    if network is None and may_build:
-        raise ValueError("features cannot be built without a network")
-    _check_names(data_file, labels_file)
-    _check_videos(videos, data_file)
-    files = _Files(data_file, labels_file)
+    files = _Files(data_file)
     clips = eval_clips(videos, sampling)
     labels = videos.labels[clips["video"]]
     parts = _parts(videos, sampling, size, network, description)
     try:
-        fault = _fault_of_data(files, parts)
-        labels_fault = None if fault else _damage(labels_file, _read_manifest(files.manifest)["labels"])
-        _report(fault or labels_fault, may_build)
+        data_fault = _fault_of_data(files, parts, verify)
+        labels_fault = _fault_of_labels(labels_file, labels)
+        fault = data_fault or labels_fault
+        if fault and not may_build:
+            raise UserError(f"{fault}; set import_CNN_forward_data to false to build it")
         if fault:
+            print(f"{fault}; building it", flush=True)
+        if data_fault:
             network = network.to(device).eval()
-            shape = (len(clips), sampling.clip_frames, _width(network, size, device))
-            array, done = _open_part(files, parts, shape)
-            if done < len(clips):
-                transforms = eval_transforms(size, round(size * 256 / 224))
-                dataset = VideoDataset(videos, clips[done:], sampling, transforms, seed=0)
-                loader = make_loader(dataset, EvalBatchSampler(dataset.clips, batch_size), workers, pin)
-                _fill(array, done, loader, network, device, lambda done: _save_part(files, parts, array, done))
-            _finish(files, parts, shape, labels)
-        elif labels_fault:
+            array, done = _open_part(files, parts, (len(clips), sampling.clip_frames, network.width))
+            transforms = eval_transforms(size, round(size * 256 / 224))
+            dataset = VideoDataset(videos, clips[done:], sampling, transforms, seed=0)
+            loader = make_loader(dataset, EvalBatchSampler(dataset.clips, batch_size), workers, pin)
+            _fill(array, done, loader, network, device, lambda done: _save_part(files, parts, array, done))
+            _finish(files, parts)
+        if labels_fault:
+            labels_file.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(labels_file, _npy(labels))
         data = numpy.load(data_file, mmap_mode="r", allow_pickle=False)
     except OSError as error:
@@ -113,24 +132,11 @@ def cached_features(
     return Features(data, labels, clips["video"])
 
 
-def _check_names(data_file: Path, labels_file: Path) -> None:
-    for file in (data_file, labels_file):
-        if file.suffix.lower() in (".pkl", ".pickle"):
-            raise UserError(f"{file}: cached data are safe arrays now, not pickles; name a .npy file")
-    if data_file == labels_file:
-        raise UserError(f"{data_file}: named for the features and for their labels; name two files")
+# ---- what the features were made of ------------------------------------------------------------------
 
 
-def _check_videos(videos: VideoTable, data_file: Path) -> None:
-    if not len(videos):
-        raise UserError(f"{data_file}: expected the features of at least one video, found no video; see to the lists")
-    empty = numpy.flatnonzero(videos.frames < 1)
-    if len(empty):
-        raise UserError(f"{videos.path(empty[0])}: has no decodable frame; mend it or take it off the list")
-
-
-def _parts(videos: VideoTable, sampling, size: int, network: nn.Module | None, description: dict) -> dict[str, str]:
-    """A digest of each thing that shapes the features, by the name a user knows it by."""
+def _parts(videos: VideoTable, sampling, size: int, network: FrameCNN | None, description: dict) -> dict[str, str]:
+    """A digest of each thing that shapes the features, by the name that a message gives it."""
     parts = {
         "videos": _digest_of_videos(videos),
         "sampling": _digest([type(sampling).__name__, asdict(sampling)]),
@@ -147,7 +153,7 @@ def _digest_of_videos(videos: VideoTable) -> str:
         try:
             status = os.stat(path)
             stamp = [status.st_size, status.st_mtime_ns]
-        except OSError:  # decoding says what is the matter with it
+        except OSError:  # decoding the video gives the better message
             stamp = [-1, -1]
         digest.update(os.fsencode(path) + json.dumps([stamp, label, frames]).encode() + b"\n")
     return digest.hexdigest()
@@ -157,26 +163,32 @@ def _digest(value) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def _fault_of_data(files: _Files, parts: dict[str, str]) -> str | None:
-    """What keeps the data file from being used, as one line."""
-    missing = next((file for file in (files.data, files.manifest) if not file.is_file()), None)
-    if missing is not None:
-        return f"{missing}: no such file"
+# ---- is the file what it should be? ------------------------------------------------------------------
+
+
+def _fault_of_data(files: _Files, parts: dict[str, str], verify: bool) -> str | None:
+    """Why the data file cannot be used, in one line; None if it can."""
+    for file in (files.data, files.manifest):
+        if not file.is_file():
+            return f"{file}: no such file"
     manifest = _read_manifest(files.manifest)
     if manifest is None:
         return f"{files.manifest}: not a readable description of {files.data.name}"
     different = [name for name in parts if manifest["parts"].get(name) != parts[name]]
     if different:
         return f"{files.data}: made with other {' and '.join(different)}"
-    return _damage(files.data, manifest["data"])
+    bytes_wanted, bytes_found = manifest["data"]["bytes"], files.data.stat().st_size
+    if bytes_found != bytes_wanted:
+        return f"{files.data}: damaged: expected {bytes_wanted} bytes, found {bytes_found}"
+    if verify and _checksum(files.data) != manifest["data"]["sha256"]:
+        return f"{files.data}: damaged: its checksum differs"
+    return None
 
 
-def _report(fault: str | None, may_build: bool) -> None:
-    if fault is None:
-        return
-    if not may_build:
-        raise UserError(f"{fault}, but import_CNN_forward_data is true, which only reads it; {_TO_BUILD}")
-    print(f"{fault}; building it", flush=True)
+def _fault_of_labels(file: Path, labels: numpy.ndarray) -> str | None:
+    if not file.is_file():
+        return f"{file}: no such file"
+    return None if file.read_bytes() == _npy(labels) else f"{file}: not the labels of these clips"
 
 
 def _read_manifest(file: Path) -> dict | None:
@@ -187,43 +199,23 @@ def _read_manifest(file: Path) -> dict | None:
     return content if isinstance(content, dict) and content.get("format") == _FORMAT else None
 
 
-def _damage(file: Path, recorded: dict) -> str | None:
-    """Whether a file is what was written once: what is wrong with it, as one line."""
-    if not file.is_file():
-        return f"{file}: no such file"
-    size = file.stat().st_size
-    if size != recorded["bytes"]:
-        return f"{file}: damaged: expected {recorded['bytes']} bytes, found {size}"
-    return None if _checksum(file) == recorded["sha256"] else f"{file}: damaged: its checksum differs"
-
-
 def _checksum(file: Path) -> str:
-    digest = hashlib.sha256()
-    with open(file, "rb", buffering=0) as content:
-        while piece := content.read(_PIECE_BYTES):
-            digest.update(piece)
-    return digest.hexdigest()
+    with open(file, "rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
-def _width(network: nn.Module, size: int, device: torch.device) -> int:
-    """Known before hours of decoding, as the file's size is."""
-    with torch.no_grad():
-        features = network(torch.zeros(1, 3, size, size, device=device))
-    if features.dim() != 2:
-        raise ValueError(f"the network must give [N, width] of frames [N, 3, H, W], got {list(features.shape)}")
-    return features.shape[1]
+# ---- building it -------------------------------------------------------------------------------------
 
 
 def _open_part(files: _Files, parts: dict[str, str], shape: tuple[int, int, int]) -> tuple[numpy.memmap, int]:
-    """(the array to fill, how many of its clips are there already)"""
+    """(the array to fill, how many of its clips an interrupted build has filled)"""
     manifest = _read_manifest(files.part_manifest)
     fits = manifest is not None and manifest["key"] == _digest(parts)
-    # Looked at first: opening a file that was cut off would fill it up with zeros.
+    # The size is compared before the file is opened: opening a truncated file would fill it up with zeros.
     if fits and files.part.is_file() and files.part.stat().st_size == manifest["bytes"]:
-        print(f"{files.data}: going on, {manifest['done']} of {shape[0]} clips are done", flush=True)
+        print(f"{files.data}: continuing, {manifest['done']} of {shape[0]} clips are done", flush=True)
         return open_memmap(files.part, mode="r+"), manifest["done"]
     files.data.parent.mkdir(parents=True, exist_ok=True)
-    files.labels.parent.mkdir(parents=True, exist_ok=True)
     files.part_manifest.unlink(missing_ok=True)
     array = open_memmap(files.part, mode="w+", dtype=numpy.float32, shape=shape)
     try:
@@ -238,7 +230,7 @@ def _open_part(files: _Files, parts: dict[str, str], shape: tuple[int, int, int]
 
 
 def _reserve(file: Path) -> None:
-    # A mapped file with holes would end the process with a signal when the disk is full.
+    # Without reserved blocks a full disk would end the process with a signal, on a write to the mapped file.
     if not hasattr(os, "posix_fallocate"):
         return
     with open(file, "r+b") as opened:
@@ -253,12 +245,12 @@ def _fill(
     array: numpy.memmap,
     done: int,
     loader: DataLoader,
-    network: nn.Module,
+    network: FrameCNN,
     device: torch.device,
     save: Callable[[int], None],
 ) -> None:
-    """Compute the features of the loader's clips into `array` from clip `done` on; `save` takes how many of its
-    clips are done, now and then and however this ends."""
+    """Compute the features of the loader's clips into `array`, from clip `done` on. `save(done)` is called every
+    half minute, and at the end even if there is an error."""
     saved = time.monotonic()
     try:
         with Progress(len(loader), "CNN features", unit="batch") as progress, torch.no_grad():
@@ -286,23 +278,17 @@ def _fill(
 
 
 def _save_part(files: _Files, parts: dict[str, str], array: numpy.memmap, done: int) -> None:
-    array.flush()  # what is said to be done must be on the disk before it is said
+    array.flush()  # the features must be on the disk before the manifest counts them
     content = {"format": _FORMAT, "key": _digest(parts), "done": done, "bytes": files.part.stat().st_size}
     write_atomically(files.part_manifest, json.dumps(content).encode())
 
 
-def _finish(files: _Files, parts: dict[str, str], shape: tuple[int, int, int], labels: numpy.ndarray) -> None:
-    # Cut off anywhere in here, the next start finds the whole part still there, or all of it done.
-    own = _npy(labels)
-    write_atomically(files.labels, own)
-    content = {
-        "format": _FORMAT,
-        "key": _digest(parts),
-        "parts": parts,
-        "data": {"bytes": files.part.stat().st_size, "sha256": _checksum(files.part), "shape": shape},
-        "labels": {"bytes": len(own), "sha256": hashlib.sha256(own).hexdigest()},
-    }
-    write_atomically(files.manifest, json.dumps(content, indent=1).encode())
+def _finish(files: _Files, parts: dict[str, str]) -> None:
+    # Earlier features go first: with the new manifest they could be taken for the new ones. If this is interrupted,
+    # the next start finds the complete part and finishes it.
+    files.data.unlink(missing_ok=True)
+    data = {"bytes": files.part.stat().st_size, "sha256": _checksum(files.part)}
+    write_atomically(files.manifest, json.dumps({"format": _FORMAT, "parts": parts, "data": data}, indent=1).encode())
     os.replace(files.part, files.data)
     files.part_manifest.unlink(missing_ok=True)
 

@@ -6,12 +6,12 @@ from utils.errors import UserError
 
 
 def save_curves(file: Path, history: list[dict], title: str) -> None:
-    """A PNG: accuracy by epoch in training and testing, and in the last epoch's test by time step.
+    """Write a PNG of two plots: accuracy by epoch in training and testing, and the last test's accuracy by time step.
 
-    history: an epoch's line each, with "train_last_step", "test_last_step", "test_video" and "test_per_step".
-    Raises UserError where it cannot be written.
+    history: one dict an epoch, with "train_last_step", "test_last_step", "test_video" and "test_per_step".
+    Raises UserError if the file cannot be written.
     """
-    # Imported here: only this picture needs it, and it takes a second. The figure is not pyplot's: no display.
+    # Imported here because the import takes a second. A figure without pyplot needs no display.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -155,8 +155,8 @@ def conclude(
     epochs = state.best["epoch"] + 1
     if eval_loader is test_loader:
         print(
-            f"best {evaluated_on} video top-1 {state.best['video_top1']:.2f} % at epoch {epochs}, {protocol['views']} x "
-            f"{protocol['crops']} clips a video: selected on the {evaluated_on} set itself, so optimistic; "
+            f"best {evaluated_on} video top-1 {state.best['video_top1']:.2f} % at epoch {epochs}, "
+            f"{protocol['views']} x {protocol['crops']} clips a video: selected on the {evaluated_on} set itself, so optimistic; "
             "--val-fraction selects without it"
         )
         return

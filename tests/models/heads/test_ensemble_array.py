@@ -1,6 +1,5 @@
 """The array of ensembles against nengo's numbers, and its own backward pass against autograd."""
 
-import math
 from pathlib import Path
 
 import numpy
@@ -10,7 +9,6 @@ from torch import Tensor
 
 from models.heads.ensemble_array import EnsembleArray, solve_decoders
 from models.heads.neurons import DT, LIF, NEURONS, AdaptiveLIF, LIFRate, RectifiedLinear, SpikingRectifiedLinear
-from models.heads.synapse import Lowpass
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 GOLDEN_NEURONS = {"spikingrelu": SpikingRectifiedLinear(), "lif": LIF(), "relu": RectifiedLinear()}
@@ -149,20 +147,6 @@ def test_step_delay():
     for step in range(8):
         (grad,) = torch.autograd.grad(logits[step].sum(), features, retain_graph=True)
         assert (grad.abs().sum((1, 2)) > 0).tolist() == [other < step for other in range(8)]
-
-
-@pytest.mark.parametrize("tau", [0.0, 0.001, 0.005, 0.1])
-def test_lowpass_is_its_step_loop(tau):
-    x = torch.randn(50, 3, 2).double().requires_grad_()
-    decay = math.exp(-DT / tau) if tau else 0.0
-    value, steps = torch.zeros(3, 2).double(), []
-    for step in x:
-        value = decay * value + (1 - decay) * step
-        steps.append(value)
-    found, want, incoming = Lowpass(tau)(x), torch.stack(steps), torch.randn(50, 3, 2).double()
-    torch.testing.assert_close(found, want, rtol=1e-12, atol=1e-12)
-    grads = [torch.autograd.grad(output, x, incoming)[0] for output in (found, want)]
-    torch.testing.assert_close(*grads, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", NEURONS)

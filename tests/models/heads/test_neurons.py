@@ -1,5 +1,6 @@
-"""The heads' neurons against nengo's numbers, their gradients against their rates."""
+"""The heads' neurons and synapse against nengo's numbers, their gradients against their rates."""
 
+import math
 from pathlib import Path
 
 import numpy
@@ -15,6 +16,7 @@ from models.heads.neurons import (
     FireStep,
     Izhikevich,
     LIFRate,
+    Lowpass,
     RectifiedLinear,
     SpikingRectifiedLinear,
     rate_counterpart,
@@ -212,3 +214,20 @@ def test_rate_counterparts():
 )
 def test_a_counterpart_has_the_same_constants(neuron, rate):
     assert rate_counterpart(neuron) == rate
+
+
+# ---- synapse -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tau", [0.0, 0.001, 0.005, 0.1])
+def test_lowpass_is_its_step_loop(tau):
+    x = torch.randn(50, 3, 2).double().requires_grad_()
+    decay = math.exp(-DT / tau) if tau else 0.0
+    value, steps = torch.zeros(3, 2).double(), []
+    for step in x:
+        value = decay * value + (1 - decay) * step
+        steps.append(value)
+    found, want, incoming = Lowpass(tau)(x), torch.stack(steps), torch.randn(50, 3, 2).double()
+    torch.testing.assert_close(found, want, rtol=1e-12, atol=1e-12)
+    grads = [torch.autograd.grad(output, x, incoming)[0] for output in (found, want)]
+    torch.testing.assert_close(*grads, rtol=1e-12, atol=1e-12)

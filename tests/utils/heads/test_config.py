@@ -10,7 +10,16 @@ import pytest
 from models.resnet import BACKBONES
 from tests.helpers.script import ROOT
 from utils.errors import UserError
-from utils.heads.config import _LEAST, CNN, SNN, Config, Dataloader, PickleLocations, Trainer, read_config
+from utils.heads.config import (
+    _LEAST,
+    CNNConfig,
+    Config,
+    DataloaderConfig,
+    FilesConfig,
+    SNNConfig,
+    TrainerConfig,
+    read_config,
+)
 
 CONFIGS = sorted((ROOT / "configs").glob("*.json"))
 LEFT_OUT = object()
@@ -118,23 +127,24 @@ def test_defaults(tmp_path):
         split=1,
         use_cuda=False,
         save_dir="runs",
-        dataloader=Dataloader(
+        dataloader=DataloaderConfig(
             shuffle=True, pin_memory=True, batch_size=2, workers=0, frames_per_segment=28, segments_per_video=1,
             size=224,
         ),
-        pickle_locations=PickleLocations(
+        pickle_locations=FilesConfig(
             train_data="a.npy", test_data="b.npy", train_labels="c.npy", test_labels="d.npy", CNN_weights="default",
             SNN_weights=None,
         ),
-        CNN=CNN(backbone="resnet152", projection=False),
-        SNN=SNN(
+        CNN=CNNConfig(backbone="resnet152", projection=False),
+        SNN=SNNConfig(
             minibatch_size=4, head="ensemble_array", neuron=None, train_mode="spiking", ensembles=10000,
             neurons_per_ensemble=50, synapse_seconds=0.005, steps_per_frame=1, units=800, memory=1, order=2, theta=None,
-            train_A_and_B=False, loss="last",
+            train_A_and_B=False, recurrent=True, loss="last",
         ),
-        SNN_trainer=Trainer(
-            epochs=3, import_CNN_forward_data=False, get_initial_testing_accuracy=True, do_SNN_training=True,
-            optimizer="adam", learning_rate=0.001, weight_decay=0.0, end_to_end=False, resume=True,
+        SNN_trainer=TrainerConfig(
+            epochs=3, import_CNN_forward_data=False, verify_CNN_data=False, get_initial_testing_accuracy=True,
+            do_SNN_training=True, optimizer="adam", learning_rate=0.001, weight_decay=0.0, end_to_end=False,
+            resume=True,
         ),
     )  # fmt: skip
 
@@ -148,21 +158,12 @@ def test_a_whole_number_is_a_number(tmp_path):
 def test_comments(tmp_path):
     comments = {"_": "anything", "_why": {"name": 1}, "SNN._": [1], "SNN._units": None, "CNN._": ""}
     assert read_config(write(tmp_path, changed(comments))) == read_config(write(tmp_path, least()))
-    twice = json.dumps(least())[:-1] + ', "_": 1, "_": {"a": 1, "a": 2}}'
-    assert read_config(write(tmp_path, twice)) == read_config(write(tmp_path, least()))
-
-
-def test_a_byte_order_mark_is_no_mistake(tmp_path):
-    assert read_config(write(tmp_path, "\ufeff" + json.dumps(least()))).name == "x"
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_as_dict_round_trip(path, tmp_path):
+def test_a_config_that_a_run_wrote_reads_the_same(path, tmp_path):
     config = read_config(path)
-    written = config.as_dict()
-    assert read_config(write(tmp_path, written)) == config
-    assert list(written) == [field.name for field in dataclasses.fields(Config)]
-    assert type(written["SNN"]) is dict and json.loads(json.dumps(written)) == written
+    assert read_config(write(tmp_path, dataclasses.asdict(config))) == config
 
 
 def test_config_is_frozen(tmp_path):
@@ -172,20 +173,19 @@ def test_config_is_frozen(tmp_path):
 
 # ---- refusals --------------------------------------------------------------------------------------------
 
-NEURONS = "RectifiedLinear, SpikingRectifiedLinear, LIF, LIFRate, AdaptiveLIF, AdaptiveLIFRate, Izhikevich"
+NEURONS = "RectifiedLinear, SpikingRectifiedLinear, LIFRate, LIF, AdaptiveLIFRate, AdaptiveLIF, Izhikevich"
 BAD_VALUES = {
     "near key": ({"SNN.minibatchsize": 1}, "SNN.minibatchsize: unknown key; did you mean SNN.minibatch_size?"),
     "case": ({"snn": {}}, "snn: unknown key; did you mean SNN?"),
     "far key": (
         {"CNN.layers": 3},
-        "CNN.layers: unknown key; CNN has backbone, projection",
+        "CNN.layers: unknown key; the keys are backbone, projection",
     ),
     "far key at the top": (
         {"verbose": True},
-        "verbose: unknown key; the top level has name, seed, dset, data_path, annotation_path, split, use_cuda, "
+        "verbose: unknown key; the keys are name, seed, dset, data_path, annotation_path, split, use_cuda, "
         "save_dir, dataloader, pickle_locations, CNN, SNN, SNN_trainer",
     ),
-    "key over two lines": ({"CNN.a\nb": 3}, r"CNN.'a\nb': unknown key; CNN has backbone, projection"),
     "missing": ({"SNN.minibatch_size": LEFT_OUT}, "SNN.minibatch_size: missing; add it, a whole number"),
     "missing text": ({"name": LEFT_OUT}, "name: missing; add it, text in quotes"),
     "missing section": (
@@ -213,36 +213,40 @@ BAD_VALUES = {
     "bool is no choice": ({"split": True}, "split: must be one of 1, 2, 3, got true"),
     "choice or null": ({"SNN.neuron": "Lif"}, f'SNN.neuron: must be one of {NEURONS} or null, got "Lif"'),
     "backbone": ({"CNN.backbone": "vgg16"}, f'CNN.backbone: must be one of {", ".join(BACKBONES)}, got "vgg16"'),
-    "nan": ({"SNN_trainer.learning_rate": float("nan")}, "SNN_trainer.learning_rate: must be a finite number, got NaN"),
-    "infinite": ({"SNN.theta": float("inf")}, "SNN.theta: must be a finite number, got Infinity"),
-    "int beyond float": ({"SNN.theta": 10**400}, f"SNN.theta: must be a finite number, got 1{'0' * 76}..."),
-    "seed": ({"seed": 2**63}, "seed: must be below 2^63, got 9223372036854775808"),
+    "nan": (
+        {"SNN_trainer.learning_rate": float("nan")}, "SNN_trainer.learning_rate: must be from 0 to 1000000, got NaN",
+    ),
+    "infinite": ({"SNN.theta": float("inf")}, "SNN.theta: must be from 1 to 1000000, got Infinity"),
+    "int beyond float": ({"SNN.theta": 10**400}, f"SNN.theta: must be from 1 to 1000000, got 1{'0' * 76}..."),
+    "seed": ({"seed": 2**63}, f"seed: must be from 0 to {2**63 - 1}, got 9223372036854775808"),
     "cached data": (
         {"pickle_locations.test_labels": "cache/labels.PKL"},
-        "pickle_locations.test_labels: cached data are safe arrays now; name a .npy file, "
-        'got "cache/labels.PKL"',
+        "pickle_locations.test_labels: pickles are not read; name a .npy file, got cache/labels.PKL",
     ),
     "weights": (
         {"pickle_locations.SNN_weights": "snn.pickle"},
-        'pickle_locations.SNN_weights: weights are safe tensors now; name a .pt file, got "snn.pickle"',
+        "pickle_locations.SNN_weights: pickles are not read; name a .pt file, got snn.pickle",
     ),
     "CNN weights": (
         {"pickle_locations.CNN_weights": "cnn.pkl"},
-        'pickle_locations.CNN_weights: weights are safe tensors now; name a .pt file, got "cnn.pkl"',
+        "pickle_locations.CNN_weights: pickles are not read; name a .pt file, got cnn.pkl",
+    ),
+    "one file for two things": (
+        {"pickle_locations.test_data": "c.npy"},
+        "pickle_locations: data and labels need four different files, got a.npy, c.npy, c.npy, d.npy",
     ),
     "neither training nor weights": (
         {"SNN_trainer.do_SNN_training": False},
-        "pickle_locations.SNN_weights: must name trained weights where SNN_trainer.do_SNN_training is false, "
-        "got null; name a .pt file",
+        "pickle_locations.SNN_weights: name a .pt file of trained weights if do_SNN_training is false",
     ),
     "lmu with a neuron": (
         {"SNN.head": "lmu", "SNN.neuron": "LIF"},
-        'SNN.neuron: must be null where SNN.head is lmu, got "LIF"; head spiking_lmu takes a neuron',
+        "SNN.neuron: must be null for head lmu, got LIF; head spiking_lmu takes it",
     ),
     "end to end from the cache": (
         {"SNN_trainer.end_to_end": True, "SNN_trainer.import_CNN_forward_data": True},
-        "SNN_trainer.end_to_end: trains the CNN, whose outputs SNN_trainer.import_CNN_forward_data takes from the "
-        "cache; both are true, set one to false",
+        "SNN_trainer.end_to_end: trains the CNN, but import_CNN_forward_data takes the features of a frozen one; "
+        "set one of the two to false",
     ),
 }  # fmt: skip
 
@@ -256,23 +260,16 @@ def test_bad_values(tmp_path, changes, message):
 def test_numbers_below_their_least(tmp_path, key):
     low = _LEAST[key]
     read_config(write(tmp_path, changed({key: low})))
-    assert refusal(write(tmp_path, changed({key: low - 1}))).startswith(f"{key}: must be at least {low}, got ")
+    assert refusal(write(tmp_path, changed({key: low - 1}))).startswith(f"{key}: must be from {low} to ")
 
 
 BAD_FILES = {
-    "empty": ("", "not JSON at line 1, column 1: Expecting value"),
-    "not JSON": ('{\n  "name": "x",\n  "seed" 1}', "not JSON at line 3, column 10: Expecting ':' delimiter"),
-    "two objects": ("{}\n{}", "not JSON at line 2, column 1: Extra data"),
-    "list": ([1, 2], f"must be an object {{...}} with the keys {', '.join(get_type_hints(Config))}, got [1, 2]"),
-    "digits": (f'{{"seed": {"1" * 5000}}}', "a number in it is too long, or it is nested too deeply; shorten it"),
-    "brackets": ("[" * 100_000, "a number in it is too long, or it is nested too deeply; shorten it"),
-    "key twice": ('{"name": "x", "name": "y"}', "name: given more than once; keep one of them"),
-    "section twice": (
-        json.dumps(least())[:-1] + ', "SNN": {"minibatch_size": 8}}', "SNN: given more than once; keep one of them",
+    "empty": ("", "not JSON: Expecting value: line 1 column 1 (char 0)"),
+    "not JSON": (
+        '{\n  "name": "x",\n  "seed" 1}', "not JSON: Expecting ':' delimiter: line 3 column 10 (char 26)",
     ),
-    "key of a section twice": (
-        json.dumps(least()).replace('"epochs"', '"epochs": 1, "epochs"'),
-        "SNN_trainer.epochs: given more than once; keep one of them",
+    "list": (
+        [1, 2], f"the file: must be an object {{...}} with the keys {', '.join(get_type_hints(Config))}, got [1, 2]",
     ),
 }  # fmt: skip
 
@@ -283,13 +280,5 @@ def test_bad_files(tmp_path, content, message):
 
 
 def test_missing_file(tmp_path):
-    assert refusal(tmp_path / "gone.json") == "no such config file; configs/ holds some to start from"
-
-
-def test_folder(tmp_path):
-    assert refusal(tmp_path) == "the config file cannot be read (Is a directory)"
-
-
-def test_not_text(tmp_path):
-    (tmp_path / "x.json").write_bytes(b'{"name": "\xff"}')
-    assert refusal(tmp_path / "x.json") == "must be UTF-8 text, got another byte at 10; save it as UTF-8"
+    want = "cannot be read (No such file or directory); configs/ holds config files"
+    assert refusal(tmp_path / "gone.json") == want

@@ -11,7 +11,8 @@ from benchmarks.memory_task import SHOWN, STEPS, SYMBOLS, delayed_recall
 from models.heads.lmu import LMUHead
 from models.heads.neurons import LIF, Izhikevich, LIFRate, RectifiedLinear, SpikingRectifiedLinear
 from utils.errors import UserError
-from utils.heads.engine import evaluate, minibatches, neurons_of, sequence_loss, train_epoch
+from utils.heads.batches import minibatches
+from utils.heads.engine import evaluate, neurons_of, sequence_loss, train_epoch
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -79,7 +80,7 @@ def test_an_epoch_trains_with_rates_and_tests_with_spikes():
     assert head.seen == [RectifiedLinear(), SpikingRectifiedLinear()]
 
 
-# ---- loss and minibatches ----------------------------------------------------------------------------
+# ---- loss ----------------------------------------------------------------------------------------------
 
 
 def test_sequence_loss_by_hand():
@@ -95,16 +96,6 @@ def test_sequence_loss_by_hand():
     logits[:, 1] *= 2  # 9 to 1 at the last step
     want = (2 * math.log(2) + right - math.log(1 / 10)) / 4
     assert sequence_loss(logits, labels, "every").item() == pytest.approx(want)
-
-
-def test_minibatches():
-    first = minibatches(10, 4, seed=1, epoch=0)
-    assert first == minibatches(10, 4, seed=1, epoch=0) and [len(batch) for batch in first] == [4, 4, 2]
-    others = [minibatches(10, 4, 1, 1), minibatches(10, 4, 2, 0)]
-    for batches in (first, *others):
-        assert sorted(index for batch in batches for index in batch) == list(range(10))
-    assert first not in others and others[0] != others[1]
-    assert minibatches(10, 4, seed=1, epoch=None) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
 
 
 # ---- an epoch ------------------------------------------------------------------------------------------

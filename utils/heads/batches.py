@@ -1,0 +1,92 @@
+"""Minibatches for a head: of cached features, or of clips if the CNN is trained along."""
+
+import random
+from collections.abc import Iterator
+
+import numpy
+import torch
+from torch import Tensor
+
+from dataset.clips import VideoTable, eval_clips
+from dataset.residual import normalised
+from dataset.transforms import eval_transforms
+from dataset.video import VideoDataset, make_loader
+from utils.errors import UserError, explain_loading
+from utils.heads.features import Features
+
+
+def minibatches(count: int, size: int, seed: int, epoch: int | None) -> list[list[int]]:
+    """Indices of each minibatch: shuffled by (seed, epoch), or in order if epoch is None."""
+    order = list(range(count))
+    if epoch is not None:
+        random.Random(f"sequences/{seed}/{epoch}").shuffle(order)
+    return [order[start : start + size] for start in range(0, count, size)]
+
+
+class _Batches:
+    """Iterating gives all clips in order, `shuffled(epoch)` gives them in the order of that epoch: (inputs, labels
+    int64 [B]) on `device`. A subclass has `_load(batches, epoch)`, which loads the minibatches of these indices.
+
+    videos: int64 [clips], the video of each clip.
+    size: clips in a minibatch.
+    seed: of the order.
+    """
+
+    def __init__(self, videos: numpy.ndarray, size: int, seed: int, device: torch.device):
+        self.videos = torch.from_numpy(videos)
+        self._size, self._seed, self._device = size, seed, device
+
+    def __len__(self) -> int:
+        return -(-len(self.videos) // self._size)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return self._load(minibatches(len(self.videos), self._size, self._seed, None), epoch=0)
+
+    def shuffled(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        return self._load(minibatches(len(self.videos), self._size, self._seed, epoch), epoch)
+
+
+class FeatureBatches(_Batches):
+    """inputs: features [T, B, width]."""
+
+    def __init__(self, features: Features, size: int, seed: int, device: torch.device):
+        super().__init__(features.videos, size, seed, device)
+        self._features = features
+
+    def _load(self, batches: list[list[int]], epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        for batch in batches:
+            clips = torch.from_numpy(self._features.data[batch]).transpose(0, 1)  # [T, B, width], a copy
+            labels = torch.from_numpy(self._features.labels[batch])
+            yield clips.to(self._device, non_blocking=True), labels.to(self._device, non_blocking=True)
+
+
+class ClipBatches(_Batches):
+    """inputs: normalised clips float32 [B, T, 3, frame_size, frame_size], the evaluation clips of the videos.
+
+    sampling: gives the frames of each clip (`dataset.frame_sampling`).
+    frame_size: pixels.
+    workers: processes that decode videos.
+    pin: for copies to a GPU beside computation.
+
+    Iterating raises UserError if a video cannot be decoded.
+    """
+
+    def __init__(
+        self, videos: VideoTable, sampling, frame_size: int, size: int, seed: int, device: torch.device, *,
+        workers: int, pin: bool,
+    ):  # fmt: skip
+        clips = eval_clips(videos, sampling)
+        super().__init__(clips["video"], size, seed, device)
+        transforms = eval_transforms(frame_size, round(frame_size * 256 / 224))
+        self._clips = VideoDataset(videos, clips, sampling, transforms, seed, strict=True)
+        self._workers, self._pin = workers, pin
+
+    def _load(self, batches: list[list[int]], epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        keys = [[(epoch, clip) for clip in batch] for batch in batches]
+        try:
+            for batch in make_loader(self._clips, keys, self._workers, self._pin):
+                clips = batch.clips.to(self._device, non_blocking=True)  # uint8: a quarter of the bytes
+                frames = normalised(clips.flatten(0, 1))
+                yield frames.unflatten(0, clips.shape[:2]), batch.labels.to(self._device, non_blocking=True)
+        except UserError as error:
+            raise explain_loading(error) from error
