@@ -97,7 +97,7 @@ class TrainingState:
             if value.is_floating_point() and not value.isfinite().all():
                 raise UserError(f"{path}: its weights {name} are not all finite; resume from an earlier checkpoint")
         self.restored_from = path
-        sums = torch.tensor(scores, dtype=torch.float64) if scores and self.runtime.is_main else None
+        sums = torch.tensor(scores, dtype=torch.float64).reshape(4) if scores and self.runtime.is_main else None
         self.position = TrainPosition(epoch, clips, sums)
         self.model.load_state_dict(state["model"])
         hyperparameters = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
@@ -156,8 +156,8 @@ def conclude(
     if eval_loader is test_loader:
         print(
             f"best {evaluated_on} video top-1 {state.best['video_top1']:.2f} % at epoch {epochs}, "
-            f"{protocol['views']} x {protocol['crops']} clips a video: selected on the {evaluated_on} set itself, so optimistic; "
-            "--val-fraction selects without it"
+            f"{protocol['views']} x {protocol['crops']} clips a video: selected on the {evaluated_on} set "
+            "itself, so optimistic; --val-fraction selects without it"
         )
         return
     print(f"best epoch, selected on validation videos: {epochs}")

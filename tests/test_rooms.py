@@ -1,0 +1,53 @@
+"""Who may import whom: data flows one way, and a reader finds each part where it belongs."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+# Folder -> what its files must not import. Files directly in utils/ are plumbing: they know neither data nor network.
+FORBIDDEN = {
+    "utils": ("dataset", "models", "utils.training", "utils.heads"),
+    "dataset": ("models", "utils.training", "utils.heads"),
+    "models": ("dataset", "utils.training", "utils.heads"),
+    "models/kernels": ("models.heads", "models.respike", "models.neurons"),
+    "utils/training": ("utils.heads", "models.heads"),
+    "utils/heads": ("utils.training",),
+}
+FILES = [file for folder in (*FORBIDDEN, "models/heads") for file in sorted((ROOT / folder).glob("*.py"))]
+
+
+def imported(file: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return names
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
+def test_no_arrow_points_up(file):
+    folder = str(file.parent.relative_to(ROOT))
+    forbidden = FORBIDDEN.get(folder, FORBIDDEN["models"])
+    above = {name for name in imported(file) if any(name == up or name.startswith(f"{up}.") for up in forbidden)}
+    assert not above, f"{file} imports {above}"
+
+
+def test_no_circles():
+    modules = {str(file.relative_to(ROOT).with_suffix("")).replace("/", "."): file for file in FILES}
+    arrows = {name: imported(file) & set(modules) - {name} for name, file in modules.items()}
+    while ends := {name for name, targets in arrows.items() if not targets}:
+        arrows = {name: targets - ends for name, targets in arrows.items() if name not in ends}
+    assert not arrows
+
+
+@pytest.mark.parametrize("script", ["train_fusion.py", "train_kinetics.py"])
+def test_library_functions_do_not_take_args(script):
+    """The command line ends in the scripts and in utils/training/flags.py."""
+    for file in FILES:
+        if file.name != "flags.py":
+            functions = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.FunctionDef)]
+            assert not any(argument.arg == "args" for node in functions for argument in node.args.args), file
