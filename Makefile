@@ -16,7 +16,10 @@ CLIPS ?= ../shared/clips
 DEMO := --dset demo --weights none --downsample -T 8 --stride 4 --size 64 -b 16 -lr 0.05 \
 	--clip-norm 1 --warmup-epochs 1 --epochs 6
 
-.PHONY: setup demo demo-ann test test-gpu lint bench clean
+.PHONY: help setup demo demo-ann test test-gpu lint bench clean
+
+help:
+	@sed -n 's/^# //p' Makefile | head -6
 
 setup: $(READY)
 
