@@ -117,10 +117,10 @@ class Calls(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
-        taken, given = (tuple(x for x in tree_leaves(part) if isinstance(x, Tensor)) for part in ((args, kwargs), out))
-        is_view = function._opname == "_unsafe_view" or any(
-            argument.alias_info and not argument.alias_info.is_write for argument in function._schema.arguments
-        )
+        taken = tuple(x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor))
+        given = tuple(x for x in tree_leaves(out) if isinstance(x, Tensor))
+        aliases = [argument.alias_info for argument in function._schema.arguments if argument.alias_info]
+        is_view = function._opname == "_unsafe_view" or any(not alias.is_write for alias in aliases)
         if given and not is_view:
             self.calls.append(Call(function.name().replace("aten::", ""), taken, given))
         return out
