@@ -1,7 +1,12 @@
 """The fusion block: spiking features attend to themselves, then to the ANN's features of their stage."""
 
+import functools
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from models.kernels.geglu import geglu
 
 HEAD_WIDTH = 32
 NORM_GROUPS = 32
@@ -38,8 +43,24 @@ class GEGLU(nn.Module):
         self.proj_out = nn.Linear(expansion * channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        value, gate = self.proj_in(x).chunk(2, dim=-1)
-        return self.proj_out(value * F.gelu(gate))
+        return self.proj_out(geglu(self.proj_in(x)))
+
+
+class LayerNorm(nn.LayerNorm):
+    """Layer norm in the type of its input, with statistics in float32. CUDA's autocast would run it in float32 and
+    write twice the bytes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+
+
+class GroupNorm(nn.GroupNorm):
+    """Group norm of [N, C, H, W], likewise."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return F.group_norm(x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
 
 class CrossAttentionFusion(nn.Module):
@@ -48,19 +69,20 @@ class CrossAttentionFusion(nn.Module):
     snn [S, N, C, H, W], ann [N, C_ann, H, W] -> [S, N, C, H, W], with N = B*K key frames. The ANN's
     tokens are the same at every time step, so the S steps of a key frame ask as one long query and
     keys and values are computed once. `pool` > 1 averages both inputs over pool x pool patches
-    first and upsamples the result bilinearly: attention's cost falls with pool^4.
+    first and upsamples the result bilinearly: attention's cost falls with pool^4. The result has the type of `snn`
+    and lies in memory channels-last.
     """
 
     def __init__(self, channels: int, ann_channels: int, pool: int = 1):
         super().__init__()
         self.pool = pool
-        self.norm = nn.GroupNorm(NORM_GROUPS, channels, eps=1e-6)
+        self.norm = GroupNorm(NORM_GROUPS, channels, eps=1e-6)
         self.proj_in = nn.Linear(channels, channels)  # a 1x1 convolution, on tokens
-        self.norm_self = nn.LayerNorm(channels)
+        self.norm_self = LayerNorm(channels)
         self.attend_self = Attention(channels, channels)
-        self.norm_cross = nn.LayerNorm(channels)
+        self.norm_cross = LayerNorm(channels)
         self.attend_ann = Attention(channels, ann_channels)
-        self.norm_feed_forward = nn.LayerNorm(channels)
+        self.norm_feed_forward = LayerNorm(channels)
         self.feed_forward = GEGLU(channels)
         self.proj_out = nn.Linear(channels, channels)
         # The block starts as the identity: training decides how much of the other branch to let in.
@@ -75,19 +97,50 @@ class CrossAttentionFusion(nn.Module):
             ann = F.avg_pool2d(ann, self.pool)
         height, width = features.shape[2:]
 
-        ann_tokens = ann.flatten(2).transpose(1, 2)  # [N, HW, C_ann]
-        tokens = self.proj_in(self.norm(features).flatten(2).transpose(1, 2))  # [S*N, HW, C]
+        ann_tokens, features_tokens = _to_tokens(ann), _to_tokens(features)  # [N, HW, C_ann], [S*N, HW, C]
+        tokens = self.proj_in(_to_tokens(self.norm(features)))  # [S*N, HW, C]
         normed = self.norm_self(tokens)
         tokens = tokens + self.attend_self(normed, normed)
         query = _steps_into_query(self.norm_cross(tokens), steps)  # [N, S*HW, C]
         tokens = tokens + _query_into_steps(self.attend_ann(query, ann_tokens), steps)
         tokens = tokens + self.feed_forward(self.norm_feed_forward(tokens))
-        tokens = self.proj_out(tokens)
-
-        fused = tokens.transpose(1, 2).unflatten(2, (height, width)) + features  # [S*N, C, H, W]
+        tokens = self.proj_out(tokens) + features_tokens
         if self.pool > 1:
-            fused = F.interpolate(fused, scale_factor=self.pool, mode="bilinear", align_corners=False)
-        return fused.unflatten(0, (steps, frames))
+            tokens = upsample_tokens(tokens, height, width, self.pool)  # [S*N, pool^2 HW, C]
+        fused = tokens.transpose(1, 2).unflatten(2, (self.pool * height, self.pool * width))  # [S*N, C, H, W]
+        return fused.to(snn.dtype).unflatten(0, (steps, frames))
+
+
+def upsample_tokens(tokens: Tensor, height: int, width: int, factor: int) -> Tensor:
+    """[N, HW, C] -> [N, factor^2 HW, C]: bilinear upsampling (`F.interpolate` without align_corners), in the type of
+    `tokens`.
+
+    It is a product with a constant matrix: one sum for each result, forward and backward, so the gradient is
+    deterministic. `F.interpolate` runs in float32 under CUDA's autocast, and its backward pass there adds atomically.
+    """
+    make = _bilinear_matrix.__wrapped__ if torch.compiler.is_compiling() else _bilinear_matrix
+    matrix = make(height, width, factor, tokens.dtype, tokens.device)
+    with torch.autocast(tokens.device.type, enabled=False):
+        return torch.bmm(matrix.expand(len(tokens), -1, -1), tokens)
+
+
+@functools.lru_cache(maxsize=8)  # the sizes of a run: two
+def _bilinear_matrix(height: int, width: int, factor: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[factor^2 HW, HW]. The weights are multiples of 1 / (2 factor)^2: exact in bfloat16 for factors 2 and 4."""
+
+    def along(size: int) -> Tensor:
+        """[factor size, size]: how far each new place lies from each old one, in steps of the old grid."""
+        place = (torch.arange(factor * size, device=device, dtype=torch.float32) + 0.5) / factor - 0.5
+        distance = place.clamp(0, size - 1)[:, None] - torch.arange(size, device=device)
+        return (1.0 - distance.abs()).clamp_min(0.0)
+
+    with torch.inference_mode(False), torch.no_grad():  # so that a cached matrix can be used in training
+        return torch.kron(along(height), along(width)).to(dtype)
+
+
+def _to_tokens(x: Tensor) -> Tensor:
+    """[N, C, H, W] -> [N, HW, C]: a view of channels-last memory."""
+    return x.flatten(2).transpose(1, 2)
 
 
 def _steps_into_query(tokens: Tensor, steps: int) -> Tensor:

@@ -1,0 +1,62 @@
+"""The fusion block: its upsampling, and the types that it keeps on a GPU. Numbers: test_golden.py."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from models.attention import CrossAttentionFusion, GroupNorm, LayerNorm, upsample_tokens
+from tests.helpers.fake_gpu import backward, fake_gpu
+
+
+@pytest.mark.parametrize("height, width, factor", [(14, 14, 4), (3, 5, 2), (1, 2, 4)])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-14), (torch.float32, 3e-6)], ids=str)
+def test_upsampling_is_bilinear_interpolation(dtype, tolerance, height, width, factor):
+    images = torch.randn(6, 8, height, width, dtype=dtype, requires_grad=True)
+    want = F.interpolate(images.double(), scale_factor=factor, mode="bilinear", align_corners=False)
+    got = upsample_tokens(images.flatten(2).transpose(1, 2), height, width, factor)
+    got = got.transpose(1, 2).unflatten(2, (factor * height, factor * width))
+    weights = torch.randn_like(want)
+    for a, b in ((got, want), (torch.autograd.grad(out, images, weights.to(out))[0] for out in (got, want))):
+        torch.testing.assert_close(a.double(), b.double(), rtol=tolerance, atol=tolerance)
+
+
+def test_half_precision_is_rounded_once():
+    """The weights are exact in bfloat16 and the sum is formed in float32."""
+    images = torch.randn(2, 8, 6, 6).bfloat16()
+    want = F.interpolate(images.float(), scale_factor=4, mode="bilinear", align_corners=False)
+    got = upsample_tokens(images.flatten(2).transpose(1, 2), 6, 6, 4).transpose(1, 2).unflatten(2, (24, 24))
+    torch.testing.assert_close(got, want.bfloat16(), rtol=2**-8, atol=1e-6)
+
+
+def test_a_cached_matrix_can_be_trained_with():
+    with torch.inference_mode():
+        upsample_tokens(torch.randn(1, 15, 4), 5, 3, 2)
+    tokens = torch.randn(1, 15, 4, requires_grad=True)
+    upsample_tokens(tokens, 5, 3, 2).sum().backward()
+    torch.testing.assert_close(tokens.grad.sum(), torch.tensor(4.0 * 60))
+
+
+@pytest.mark.parametrize("pool", [4, 2, 1])
+def test_the_block_keeps_the_type_of_its_input_on_a_gpu(monkeypatch, pool):
+    """CUDA's autocast runs interpolation in float32: the spiking stream behind the block would have twice the bytes."""
+    with fake_gpu(monkeypatch, torch.bfloat16):
+        block = CrossAttentionFusion(64, 32, pool)
+        snn, ann = torch.empty(3, 2, 64, 8, 8, dtype=torch.bfloat16), torch.empty(2, 32, 8, 8, dtype=torch.bfloat16)
+        fused = block(snn.requires_grad_(), ann)
+        assert fused.dtype == torch.bfloat16 and fused.shape == snn.shape
+        backward(fused.float().sum())
+        assert snn.grad.dtype == torch.bfloat16
+        assert all(parameter.grad.dtype == torch.float32 for parameter in block.parameters())
+
+
+@pytest.mark.parametrize("norm", [LayerNorm(64), GroupNorm(32, 64)], ids=lambda norm: type(norm).__name__)
+def test_norms_keep_bfloat16_with_statistics_in_float32(norm):
+    """Behind a mean of 100 deviations, statistics in bfloat16 would leave nothing of the values."""
+    x = 1.0 + torch.randn(4, 64, dtype=torch.float64) / 100
+    x = x.bfloat16()
+    if isinstance(norm, GroupNorm):
+        x = x[:, :, None, None].expand(-1, -1, 2, 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = norm(x)
+    assert got.dtype == torch.bfloat16
+    torch.testing.assert_close(got.double(), norm.double()(x.double()), rtol=1e-2, atol=1e-2)
