@@ -2,7 +2,7 @@
 
 import multiprocessing
 import os
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -12,7 +12,7 @@ import torch
 
 from utils.signals import leave_signals_to_the_main_process
 
-Item = TypeVar("Item", bound=Hashable)
+Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
@@ -21,7 +21,7 @@ def map_in_processes(
 ) -> Iterator[tuple[Item, Result | None]]:
     """Yield (item, function(item)) in the order in which they are done; None for an item that killed its process.
 
-    An item that may have killed a process runs again, alone in a process. If the caller leaves early, the
+    An item that may have killed a process runs again, alone in a process. When the iterator is closed early, the
     processes are killed: what they are doing is not waited for.
     """
     suspects = []
