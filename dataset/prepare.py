@@ -11,6 +11,7 @@ larger. docs/data.md says when this pays and what it costs in disk.
 import argparse
 import errno
 import fcntl
+import io
 import json
 import os
 import platform
@@ -28,7 +29,7 @@ from typing import NamedTuple
 import av
 import numpy
 import torch
-from torchvision.io import encode_jpeg
+from PIL import Image
 from torchvision.transforms.v2 import functional as F
 
 from dataset.container import VideoError, open_video, reason, video_stream
@@ -256,7 +257,7 @@ class Manifest:
             "sources": sources if source in sources else [*sources, source],
             "versions": {
                 "python": platform.python_version(),
-                **{name: version(name) for name in ("av", "torch", "torchvision", "numpy")},
+                **{name: version(name) for name in ("av", "torch", "torchvision", "numpy", "pillow")},
                 "libavcodec": ".".join(map(str, av.library_versions["libavcodec"])),
             },
         }
@@ -472,16 +473,23 @@ def _jpegs(source: str, step: Fraction, settings: Settings) -> Iterator[_Picture
         if index < wanted * step:
             continue
         wanted += 1
-        picture = torch.from_numpy(numpy.ascontiguousarray(frame)).permute(2, 0, 1)  # [3, H, W]
-        if min(picture.shape[1:]) > settings.short_side:
-            picture = F.resize(picture, [settings.short_side], antialias=True)
+        frame = scaled_down(frame, settings.short_side)
+        jpeg = io.BytesIO()
         try:
-            jpeg = encode_jpeg(picture.contiguous(), settings.quality)
-        except RuntimeError as error:
-            raise VideoError(f"{source}: a frame cannot become a JPEG ({str(error).splitlines()[0]})") from error
-        yield _Picture(jpeg.numpy().tobytes(), picture.shape[2], picture.shape[1])
+            Image.fromarray(frame).save(jpeg, "JPEG", quality=settings.quality)  # 4:2:0, as the videos are
+        except (OSError, ValueError) as error:  # more than 65,500 pixels wide or high
+            raise VideoError(f"{source}: a frame cannot become a JPEG ({error})") from error
+        yield _Picture(jpeg.getvalue(), frame.shape[1], frame.shape[0])
     if not wanted:
         raise VideoError(f"{source}: holds no decodable frame")
+
+
+def scaled_down(frame: numpy.ndarray, short_side: int) -> numpy.ndarray:
+    """uint8 [H, W, 3] with a shorter side of at most `short_side` pixels, antialiased."""
+    if min(frame.shape[:2]) <= short_side:
+        return numpy.ascontiguousarray(frame)
+    picture = torch.from_numpy(numpy.ascontiguousarray(frame)).permute(2, 0, 1)  # [3, H, W]
+    return F.resize(picture, [short_side], antialias=True).permute(1, 2, 0).contiguous().numpy()
 
 
 def _write(path: Path, pictures: Iterator[_Picture], rate: Fraction) -> int:
