@@ -1,34 +1,24 @@
 """Exact frames out of a video file, with PyAV: path and frame indices in, uint8 RGB out.
 
 A frame's index is its place in presentation order among the frames the decoder gives out, which is
-the only definition that holds for files with missing, repeated or shuffled timestamps.
+the only definition that holds for files with missing, repeated or shuffled timestamps. There are two ways
+to a frame: FFmpeg's decoder, which decodes every frame before it from a keyframe on, and, in videos whose frames
+are JPEGs, `dataset.jpeg_video`, which reads and decodes this frame alone.
 """
 
 import os
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import av
 import numpy
 from av.video.reformatter import VideoReformatter
 
-from utils.errors import UserError
-
-# Damaged files make FFmpeg talk; what matters is raised, counted or written to the run folder.
-av.logging.set_level(av.logging.PANIC)
-
-# Containers of video data sets. Playlists (hls, concat, dash, image sequences, sdp ...) stay out: they
-# name other files or addresses, and FFmpeg recognises them by content, whatever the file is called.
-_CONTAINERS = "avi,mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,mpeg,mpegts,mpegvideo,flv,asf,ogg,nut,ivf,m4v,h264,hevc"
-_OPEN_OPTIONS = {"protocol_whitelist": "file", "format_whitelist": _CONTAINERS}
+from dataset.container import VideoError, open_video, reason, video_stream
+from dataset.jpeg_video import JPEGVideo
 
 # A seek costs about as much as decoding this many frames (benchmarks/RESULTS.md).
 _SEEK_COST_FRAMES = 3
-
-
-class VideoError(UserError):
-    """A video file that cannot give what was asked for."""
 
 
 class SeekPoint(NamedTuple):
@@ -45,8 +35,9 @@ def decode_frames(
     """The frames at `indices`, in that order, repeats allowed: uint8 RGB [len(indices), H, W, 3], upright.
 
     Decodes from the start, or from the best of `seek_points` (`dataset.index.probe` finds them), and
-    nothing past the last wanted frame; converts wanted frames only; one thread. Raises VideoError
-    for a file that is no local video, is damaged beyond decoding or has fewer frames.
+    nothing past the last wanted frame; converts wanted frames only; one thread. Of a video whose frames are
+    JPEGs, wanted frames alone are read (`dataset.jpeg_video`). Raises VideoError for a file that is no local
+    video, is damaged beyond decoding or has fewer frames.
     """
     indices = [int(index) for index in indices]
     if not indices:
@@ -58,10 +49,10 @@ def decode_frames(
             frames = _decode_wanted(path, sorted(set(indices)), sorted(seek_points))
         except _SeekMissedError:  # the file is not the one that was indexed, or its demuxer is not exact
             frames = _decode_wanted(path, sorted(set(indices)), ())
+    except VideoError:
+        raise
     except (av.error.FFmpegError, OSError, ValueError) as error:
-        if isinstance(error, VideoError):
-            raise
-        raise VideoError(f"{path}: cannot be decoded ({_reason(error)})") from error
+        raise VideoError(f"{path}: cannot be decoded ({reason(error)})") from error
     first = frames[indices[0]]
     clip = numpy.empty((len(indices), *first.shape), dtype=numpy.uint8)
     for position, index in enumerate(indices):
@@ -69,27 +60,25 @@ def decode_frames(
     return clip
 
 
-def open_video(path: str | os.PathLike) -> av.container.InputContainer:
-    """Open a local video file for reading. Raises VideoError in one line for anything else."""
-    if not Path(path).is_file():
-        raise VideoError(f"{path}: no such file (only local video files are opened)")
+def every_frame(path: str | os.PathLike, on_damage=lambda: None) -> Iterator[numpy.ndarray]:
+    """Each frame that `decode_frames` gives, from the first to the last: uint8 RGB [H, W, 3], upright.
+
+    Calls `on_damage` for each damaged packet. Raises VideoError as `decode_frames` does.
+    """
     try:
-        # "file:" keeps a name such as "concat:a.avi" from being taken for a protocol.
-        return av.open(f"file:{Path(path).absolute()}", metadata_errors="replace", options=dict(_OPEN_OPTIONS))
-    except av.error.ArgumentError as error:  # the white list's refusal
-        raise VideoError(f"{path}: not a video file of a known container (avi, mp4, mkv, webm, ...)") from error
+        with open_video(path) as container:
+            stream = video_stream(container, path)
+            jpegs = JPEGVideo.open(path, container, stream)
+            if jpegs is not None:
+                with jpegs:
+                    yield from map(jpegs.frame, range(len(jpegs)))
+                return
+            to_rgb = RGBConverter()
+            yield from map(to_rgb, decoded(container, stream, on_damage))
+    except VideoError:
+        raise
     except (av.error.FFmpegError, OSError, ValueError) as error:
-        raise VideoError(f"{path}: not a readable video file ({_reason(error)})") from error
-
-
-def video_stream(container: av.container.InputContainer, path: str | os.PathLike) -> av.video.stream.VideoStream:
-    """The first video stream, set to decode in one thread; cover pictures do not count."""
-    for stream in container.streams.video:
-        if not stream.disposition & av.stream.Disposition.attached_pic:
-            stream.thread_type = "NONE"
-            stream.codec_context.thread_count = 1
-            return stream
-    raise VideoError(f"{path}: holds no video stream")
+        raise VideoError(f"{path}: cannot be decoded ({reason(error)})") from error
 
 
 def decoded(container: av.container.InputContainer, stream, on_damage=lambda: None) -> Iterator[av.VideoFrame]:
@@ -116,7 +105,13 @@ def _decode_wanted(
 ) -> dict[int, numpy.ndarray]:
     with open_video(path) as container:
         stream = video_stream(container, path)
-        to_rgb = _RGBConverter()
+        jpegs = JPEGVideo.open(path, container, stream)
+        if jpegs is not None:
+            with jpegs:
+                if wanted[-1] >= len(jpegs):
+                    raise _too_few(path, wanted[-1], len(jpegs))
+                return {index: jpegs.frame(index) for index in wanted}
+        to_rgb = RGBConverter()
         frames = decoded(container, stream)
         position = 0  # index of the frame that `frames` gives next
         found = {}
@@ -131,8 +126,12 @@ def _decode_wanted(
                     found[index] = to_rgb(frame)
                     break
             else:
-                raise VideoError(f"{path}: frame {index} was wanted, the file has {position} decodable frames")
+                raise _too_few(path, index, position)
         return found
+
+
+def _too_few(path: str | os.PathLike, index: int, frames: int) -> VideoError:
+    return VideoError(f"{path}: frame {index} was wanted, the file has {frames} decodable frames")
 
 
 def _best_seek_point(seek_points: Sequence[SeekPoint], index: int) -> SeekPoint | None:
@@ -161,7 +160,7 @@ def _chain(first: av.VideoFrame, rest: Iterator[av.VideoFrame]) -> Iterator[av.V
     yield from rest
 
 
-class _RGBConverter:
+class RGBConverter:
     """Frames of one file to upright RGB arrays [H, W, 3] of one size."""
 
     def __init__(self):
@@ -175,7 +174,3 @@ class _RGBConverter:
         rgb = self._reformatter.reformat(frame, width, height, "rgb24", threads=1).to_ndarray()
         quarter_turns = round(frame.rotation / 90)  # counter-clockwise, from the display matrix
         return numpy.rot90(rgb, quarter_turns) if quarter_turns % 4 else rgb
-
-
-def _reason(error: Exception) -> str:
-    return getattr(error, "strerror", None) or str(error) or type(error).__name__

@@ -104,6 +104,17 @@ def generate_demo(root: Path, settings: DemoSettings, workers: int) -> tuple[Pat
     return videos, splits
 
 
+def copy_lists(root: Path, copy: Path) -> None:
+    """What `generate_demo` wrote under `root` beside the videos, to a folder that holds copies of the videos:
+    it is then a complete demo data set itself."""
+    try:
+        shutil.copytree(root / "splits", copy / "splits", dirs_exist_ok=True)
+        for name in ("train.txt", "val.txt", "demo_settings.json"):
+            shutil.copyfile(root / name, copy / name)
+    except OSError as error:
+        raise UserError(f"{copy}: the demo's lists cannot be copied ({error.strerror})") from error
+
+
 def _write_task(task: tuple) -> None:
     path, label, part, number, settings = task
     # The test videos' numbers are drawn from other seeds than the training videos'.

@@ -6,23 +6,23 @@ decoder's version and this format's.
 
 import itertools
 import json
-import multiprocessing
 import os
 import time
 import zlib
-from collections.abc import Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, ThreadPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import av
 
-from dataset.decode import SeekPoint, VideoError, decoded, open_video, video_stream
+from dataset.container import VideoError, open_video, reason, video_stream
+from dataset.decode import RGBConverter, SeekPoint, decoded
+from dataset.jpeg_video import JPEGVideo
+from dataset.pool import map_in_processes
 from utils.errors import UserError
 from utils.files import write_atomically
 from utils.progress import Progress
-from utils.signals import leave_signals_to_the_main_process
 
 _FORMAT = 1
 _DECODER = f"libavcodec {'.'.join(map(str, av.library_versions['libavcodec']))}"
@@ -57,6 +57,11 @@ def probe(path: str | os.PathLike) -> VideoInfo:
     try:
         with open_video(path) as container:
             stream = video_stream(container, path)
+            jpegs = JPEGVideo.open(path, container, stream)
+            if jpegs is not None:
+                with jpegs:
+                    return _of_jpegs(jpegs, float(stream.average_rate or 0))
+            to_rgb, formats = RGBConverter(), set()
             timestamps, keyframes, checksums = [], [], {}
             width = height = 0
             for frame in decoded(container, stream, count_damage):
@@ -65,6 +70,9 @@ def probe(path: str | os.PathLike) -> VideoInfo:
                     width, height = frame.width, frame.height
                     if round(frame.rotation / 90) % 2:
                         width, height = height, width
+                if frame.format.name not in formats:  # that it can be converted is better known now
+                    formats.add(frame.format.name)
+                    to_rgb(frame)
                 timestamps.append(frame.pts)
                 if frame.key_frame and index >= (keyframes[-1] if keyframes else 0) + _FRAMES_BETWEEN_SEEK_POINTS:
                     keyframes.append(index)
@@ -75,11 +83,21 @@ def probe(path: str | os.PathLike) -> VideoInfo:
             if timestamps and not damaged and _strictly_increasing(timestamps):
                 candidates = [SeekPoint(index, timestamps[index]) for index in keyframes]
                 seek_points = tuple(p for p in candidates if _seek_is_exact(container, stream, p, checksums))
-    except (av.error.FFmpegError, OSError) as error:
-        raise VideoError(f"{path}: cannot be decoded ({error})") from error
+    except VideoError:
+        raise
+    except (av.error.FFmpegError, OSError, ValueError) as error:
+        raise VideoError(f"{path}: cannot be decoded ({reason(error)})") from error
     if not timestamps:
         raise VideoError(f"{path}: holds no decodable frame")
     return VideoInfo(len(timestamps), width, height, fps, damaged, seek_points)
+
+
+def _of_jpegs(jpegs: JPEGVideo, fps: float) -> VideoInfo:
+    """The index says how many frames there are; the first and the last are decoded. Each frame stands for itself,
+    so that seek points would say nothing."""
+    height, width = jpegs.frame(0).shape[:2]
+    jpegs.frame(len(jpegs) - 1)
+    return VideoInfo(len(jpegs), width, height, fps)
 
 
 def _strictly_increasing(timestamps: list[int | None]) -> bool:
@@ -209,37 +227,9 @@ def _probe_or_error(path: str) -> VideoInfo:
         return VideoInfo(error=f"{path}: cannot be decoded ({type(error).__name__}: {' '.join(str(error).split())})")
 
 
-def _probe_all(paths: list[str], workers: int):
+def _probe_all(paths: list[str], workers: int) -> Iterator[tuple[str, VideoInfo]]:
     """Yield (path, VideoInfo), as they are done. A file that kills its worker is named unreadable."""
-    context = multiprocessing.get_context("fork" if hasattr(os, "fork") else "spawn")
-    suspects = []
     with Progress(len(paths), "indexing videos", unit="video") as progress:
-        waiting = list(reversed(paths))
-        while waiting:
-            with ProcessPoolExecutor(min(workers, len(waiting)), context, leave_signals_to_the_main_process) as pool:
-                running = {}
-                broken = False
-                while (waiting or running) and not broken:
-                    while waiting and len(running) < 2 * workers:
-                        try:
-                            future = pool.submit(_probe_or_error, waiting[-1])
-                        except BrokenProcessPool:
-                            broken = True
-                            break
-                        running[future] = waiting.pop()
-                    for future in wait(running, return_when=FIRST_COMPLETED).done if running else ():
-                        path = running.pop(future)
-                        try:
-                            yield path, future.result()
-                            progress.advance()
-                        except BrokenProcessPool:
-                            suspects.append(path)
-                            broken = True
-                suspects.extend(running.values())
-        for path in suspects:  # one of these killed its process: each alone now
-            with ProcessPoolExecutor(1, context, leave_signals_to_the_main_process) as pool:
-                try:
-                    yield path, pool.submit(_probe_or_error, path).result()
-                except BrokenProcessPool:
-                    yield path, VideoInfo(error=f"{path}: decoding it kills the decoder's process")
+        for path, info in map_in_processes(_probe_or_error, paths, workers):
+            yield path, info or VideoInfo(error=f"{path}: decoding it kills the decoder's process")
             progress.advance()

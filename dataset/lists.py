@@ -12,10 +12,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from dataset.splits import VIDEO_SUFFIXES, Split, VideoRecord, read_lines
+from dataset.splits import VIDEO_SUFFIXES, Files, Split, VideoRecord, read_lines
 from utils.errors import UserError
 
-_USUAL_SUFFIXES = (".mp4", ".mkv", ".webm", ".avi")
 _LAST_INTEGER = re.compile(r"(.*[^\s,])[\s,]+(\d+)")
 
 
@@ -52,7 +51,7 @@ def read_lists(
     missing = []
     for part, listed in entries.items():
         records[part] = []
-        files = _Files(part.root)
+        files = _FilesBelow(part.root)
         for entry in listed:
             label = _number(entry, part, classes, numbers)
             path = files.find(entry.names)
@@ -65,8 +64,8 @@ def read_lists(
                 f"--{part.flag}-list {part.file}: none of its {len(listed)} videos is under --{part.flag}-root "
                 f"{part.root}; expected such as {listed[0].names[0]}"
             )
-        if files.other_suffix:
-            print(f"data: {files.other_suffix} videos of {part.file} are on disk with another extension than listed")
+        if files.other_extension:
+            print(f"data: {files.other_extension} videos of {part.file} are on disk with another extension than listed")
     training = records.get(train, [])
     both = {record.path for record in training} & {record.path for record in records[test]}
     if both:
@@ -161,37 +160,32 @@ def _number(entry: _Entry, part: VideoList, classes: list[str], numbers: dict[st
     return label
 
 
-class _Files:
-    """What is below a folder. Each folder is listed once: cheaper than asking for each of 240,000 files."""
+class _FilesBelow:
+    """The videos below a folder. Each folder is listed once: cheaper than asking for each of 240,000 files."""
 
     def __init__(self, root: Path):
         self._root = str(root)
-        self._listings: dict[str, set[str]] = {}
-        self.other_suffix = 0  # files found under another extension than they were listed with
+        self._listings: dict[str, Files] = {}
 
     def find(self, names: tuple[str, ...]) -> str | None:
         """The path of the first of `names` that is there, with its own extension or another."""
         for name in names:
-            path = os.path.join(self._root, name)
-            folder, file = os.path.split(path)
+            folder, file = os.path.split(os.path.join(self._root, name))
             if folder not in self._listings:
                 self._listings[folder] = _listing(folder)
-            there = self._listings[folder]
-            if file in there:
-                return path
-            stem, suffix = os.path.splitext(file)
-            if suffix.lower() not in VIDEO_SUFFIXES:
-                stem, suffix = file, ""
-            for other in _USUAL_SUFFIXES:
-                if stem + other in there:
-                    self.other_suffix += suffix != ""
-                    return os.path.join(folder, stem + other)
+            found = self._listings[folder].find(file)
+            if found is not None:
+                return os.path.join(folder, found)
         return None
 
+    @property
+    def other_extension(self) -> int:
+        return sum(files.other_extension for files in self._listings.values())
 
-def _listing(folder: str) -> set[str]:
+
+def _listing(folder: str) -> Files:
     try:
         with os.scandir(folder) as entries:
-            return {entry.name for entry in entries if os.path.splitext(entry.name)[1].lower() in VIDEO_SUFFIXES}
+            return Files(entry.name for entry in entries if os.path.splitext(entry.name)[1].lower() in VIDEO_SUFFIXES)
     except OSError:
-        return set()
+        return Files(())

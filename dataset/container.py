@@ -1,0 +1,50 @@
+"""Opening a local video file with FFmpeg, and nothing that such a file may name."""
+
+import os
+from pathlib import Path
+
+import av
+
+from utils.errors import UserError
+
+# Damaged files make FFmpeg talk; what matters is raised, counted or written to the run folder.
+av.logging.set_level(av.logging.PANIC)
+
+# Containers of video data sets. Playlists (hls, concat, dash, image sequences, sdp ...) stay out: they
+# name other files or addresses, and FFmpeg recognises them by content, whatever the file is called.
+_CONTAINERS = "avi,mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,mpeg,mpegts,mpegvideo,flv,asf,ogg,nut,ivf,m4v,h264,hevc"
+_OPEN_OPTIONS = {"protocol_whitelist": "file", "format_whitelist": _CONTAINERS}
+
+
+class VideoError(UserError):
+    """A video file that cannot give what was asked for."""
+
+
+def open_video(path: str | os.PathLike) -> av.container.InputContainer:
+    """Open a local video file for reading. Raises VideoError in one line for anything else."""
+    if not Path(path).is_file():
+        raise VideoError(f"{path}: no such file (only local video files are opened)")
+    try:
+        # "file:" keeps a name such as "concat:a.avi" from being taken for a protocol.
+        return av.open(f"file:{Path(path).absolute()}", metadata_errors="replace", options=dict(_OPEN_OPTIONS))
+    except av.error.ArgumentError as error:  # the white list's refusal
+        raise VideoError(f"{path}: not a video file of a known container (avi, mp4, mkv, webm, ...)") from error
+    except (av.error.FFmpegError, OSError, ValueError) as error:
+        raise VideoError(f"{path}: not a readable video file ({reason(error)})") from error
+
+
+def video_stream(container: av.container.InputContainer, path: str | os.PathLike) -> av.video.stream.VideoStream:
+    """The first video stream, set to decode in one thread; cover pictures do not count."""
+    for stream in container.streams.video:
+        if not stream.disposition & av.stream.Disposition.attached_pic:
+            if stream.codec_context is None:
+                raise VideoError(f"{path}: its video stream is of no codec that this FFmpeg knows")
+            stream.thread_type = "NONE"
+            stream.codec_context.thread_count = 1
+            return stream
+    raise VideoError(f"{path}: holds no video stream")
+
+
+def reason(error: Exception) -> str:
+    """What FFmpeg or the system says, in one line."""
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
