@@ -71,7 +71,7 @@ def generate_demo(root: Path, settings: DemoSettings, workers: int) -> tuple[Pat
             return videos, splits
         # Only what carries the demo's stamp is the demo's to replace.
         if not stamp.is_file() and (videos.exists() or splits.exists()):
-            raise UserError(f"--data-root {root}: holds videos that are not the demo's; name another folder for them")
+            raise UserError(f"{root}: holds videos that are not the demo's; name another folder", about="data_root")
         root.mkdir(parents=True, exist_ok=True)
         stamp.write_text(json.dumps({**wanted, "complete": False}))  # an interrupted generation starts over
         for folder in (videos, splits):

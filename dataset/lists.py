@@ -20,7 +20,7 @@ _LAST_INTEGER = re.compile(r"(.*[^\s,])[\s,]+(\d+)")
 
 @dataclass(frozen=True)
 class VideoList:
-    flag: str  # for messages: "train" stands for --train-list and --train-root
+    name: str  # "train" or "val"
     file: Path
     root: Path
 
@@ -61,8 +61,9 @@ def read_lists(
                 records[part].append(VideoRecord(path, label, entry.group, entry.names[0]))
         if not records[part]:
             raise UserError(
-                f"--{part.flag}-list {part.file}: none of its {len(listed)} videos is under --{part.flag}-root "
-                f"{part.root}; expected such as {listed[0].names[0]}"
+                f"{part.file}: none of its {len(listed)} videos is under {part.root}; expected such as "
+                f"{listed[0].names[0]}",
+                about=f"{part.name}_list",
             )
         if files.other_extension:
             print(f"data: {files.other_extension} videos of {part.file} are on disk with another extension than listed")
@@ -77,21 +78,21 @@ def read_label_map(file: Path) -> list[str]:
     """Class names, one a line, in the order of their labels."""
     names = [line for _, line in read_lines(file)]
     if not names:
-        raise UserError(f"--label-map {file}: expected a class name a line, found none")
+        raise UserError(f"{file}: expected a class name a line, found none", about="label_map")
     return names
 
 
 def _read_list(part: VideoList) -> list[_Entry]:
     if not part.file.is_file():
         raise UserError(
-            f"--{part.flag}-list {part.file}: no such file; expected lines `path label` or `path frames label`, "
-            "or the official csv"
+            f"{part.file}: no such file; expected lines `path label` or `path frames label`, or the official csv",
+            about=f"{part.name}_list",
         )
     if not part.root.is_dir():
-        raise UserError(f"--{part.flag}-root {part.root}: no such folder; expected the videos of {part.file}")
+        raise UserError(f"{part.root}: no such folder; expected the videos of {part.file}", about=f"{part.name}_root")
     lines = list(read_lines(part.file))
     if not lines:
-        raise UserError(f"--{part.flag}-list {part.file}: names no video")
+        raise UserError(f"{part.file}: names no video", about=f"{part.name}_list")
     if "youtube_id" in lines[0][1].split(","):
         return list(_csv_entries(part, lines))
     return list(_text_entries(part, lines))
@@ -135,14 +136,14 @@ def _text_entries(part: VideoList, lines: list[tuple[int, str]]) -> Iterator[_En
 def _classes(labels: list[int | str], class_names: list[str] | None, num_classes: int | None) -> list[str]:
     if class_names is not None:
         if num_classes not in (None, len(class_names)):
-            raise UserError(f"--num-classes {num_classes}: the label map has {len(class_names)} classes")
+            raise UserError(f"{num_classes}: the label map has {len(class_names)} classes", about="num_classes")
         return class_names
     names = sorted({label for label in labels if isinstance(label, str)})
     if names:
         if len(names) < len(set(labels)):
-            raise UserError("the lists: one names its classes, the other numbers them; give --label-map")
+            raise UserError("the lists: one names its classes, the other numbers them; give a label map")
         if num_classes not in (None, len(names)):
-            raise UserError(f"--num-classes {num_classes}: the lists name {len(names)} classes; give --label-map")
+            raise UserError(f"{num_classes}: the lists name {len(names)} classes", about="num_classes")
         return names
     return [str(number) for number in range(num_classes or max(labels) + 1)]
 

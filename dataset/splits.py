@@ -55,17 +55,17 @@ def read_hmdb51(data_root: str | Path, annotation_path: str | Path, split: int) 
     A listed video that is on disk with another extension only (as `dataset.prepare` writes it) is that file.
     Raises UserError naming the file or folder that is missing, empty or malformed.
     """
-    data_root = _folder(data_root, "--data-root", "the class folders with the videos")
+    data_root = _folder(data_root, "data_root", "the class folders with the videos")
     classes, listed = _hmdb51_lists(annotation_path, split)
     return _match(data_root, classes, listed, f"split {split} in {annotation_path}", _hmdb51_group)
 
 
 def _hmdb51_lists(annotation_path: str | Path, split: int) -> tuple[list[str], list[_Listed]]:
-    annotation_path = _folder(annotation_path, "--annotation-path", "the files <class>_test_split<n>.txt")
+    annotation_path = _folder(annotation_path, "annotation_path", "the files <class>_test_split<n>.txt")
     suffix = f"_test_split{split}.txt"
     lists = sorted(annotation_path.glob(f"*{suffix}"), key=lambda file: file.name.removesuffix(suffix))
     if not lists:
-        raise UserError(f"--annotation-path {annotation_path}: expected files <class>{suffix}, found none")
+        raise UserError(f"{annotation_path}: expected files <class>{suffix}, found none", about="annotation_path")
     classes = [file.name.removesuffix(suffix) for file in lists]
     listed = []
     for label, (name, file) in enumerate(zip(classes, lists, strict=True)):
@@ -90,13 +90,13 @@ def read_ucf101(data_root: str | Path, annotation_path: str | Path, split: int) 
     A listed video that is on disk with another extension only (as `dataset.prepare` writes it) is that file.
     Raises UserError naming the file or folder that is missing, empty or malformed.
     """
-    data_root = _folder(data_root, "--data-root", "the class folders with the videos")
+    data_root = _folder(data_root, "data_root", "the class folders with the videos")
     classes, listed = _ucf101_lists(annotation_path, split)
     return _match(data_root, classes, listed, f"split {split} in {annotation_path}", _ucf101_group)
 
 
 def _ucf101_lists(annotation_path: str | Path, split: int) -> tuple[list[str], list[_Listed]]:
-    annotation_path = _folder(annotation_path, "--annotation-path", "classInd.txt, trainlist0n.txt and testlist0n.txt")
+    annotation_path = _folder(annotation_path, "annotation_path", "classInd.txt, trainlist0n.txt and testlist0n.txt")
     class_file = annotation_path / "classInd.txt"
     numbered = []
     for number, line in read_lines(class_file):
@@ -133,7 +133,8 @@ def cut_validation(
     groups = sorted({record.group for record in records})
     if len(groups) < 2:
         raise UserError(
-            f"--val-fraction {fraction:g}: needs at least 2 source groups to cut, the training split has {len(groups)}"
+            f"{fraction:g}: needs at least 2 source groups to cut, the training split has {len(groups)}",
+            about="val_fraction",
         )
     random.Random(f"validation/{seed}").shuffle(groups)
     sizes = Counter(record.group for record in records)
@@ -156,13 +157,10 @@ def drop(split: Split, paths: Iterable[str]) -> Split:
     )
 
 
-def _folder(path: str | Path, flag: str, expected: str) -> Path:
-    if not str(path):
-        raise UserError(f"{flag}: not set; give the folder that holds {expected}")
-    path = Path(path)
-    if not path.is_dir():
-        raise UserError(f"{flag} {path}: no such folder; expected {expected}")
-    return path
+def _folder(path: str | Path, parameter: str, expected: str) -> Path:
+    if not Path(path).is_dir():
+        raise UserError(f"{path}: no such folder; expected {expected}", about=parameter)
+    return Path(path)
 
 
 def read_lines(file: Path) -> Iterable[tuple[int, str]]:
@@ -182,7 +180,7 @@ def listed_videos(
 
     dset: "hmdb51" or "ucf101", for the layout. Raises UserError as its reader does.
     """
-    data_root = _folder(data_root, "--data-root", "the class folders with the videos")
+    data_root = _folder(data_root, "data_root", "the class folders with the videos")
     read = {"hmdb51": _hmdb51_lists, "ucf101": _ucf101_lists}[dset]
     names, classes = {}, []
     for split in splits:
@@ -192,7 +190,9 @@ def listed_videos(
     files = {name: on_disk.find(name) for name in names}
     found = [str(data_root / file) for file in files.values() if file is not None]
     if not found:
-        raise UserError(f"--data-root {data_root}: holds none of the {len(names)} listed videos, such as {min(names)}")
+        raise UserError(
+            f"{data_root}: holds none of the {len(names)} listed videos, such as {min(names)}", about="data_root"
+        )
     return found, [name for name, file in files.items() if file is None]
 
 
@@ -254,13 +254,12 @@ def _match(data_root: Path, classes: list[str], listed: list[_Listed], what: str
             parts[part].append(VideoRecord(str(data_root / file), label, group(name), name))
     if not listed:
         raise UserError(f"{what}: the lists name no video")
-    if not parts["train"] and not parts["test"]:
-        raise UserError(
-            f"{what}: none of its {len(listed)} videos is in --data-root {data_root}; expected such as {listed[0].name}"
-        )
-    for part, records in parts.items():
-        if not records:
-            raise UserError(f"{what}: none of its videos to {part} on is in --data-root {data_root}")
+    for wanted in ("train", "test"):
+        if not parts[wanted]:
+            raise UserError(
+                f"{data_root}: holds none of the videos to {wanted} on of {what}; expected such as {listed[0].name}",
+                about="data_root",
+            )
     if on_disk.other_extension:
         print(f"data: {on_disk.other_extension} videos of {what} are on disk with another extension than listed")
     unlisted = sorted(on_disk.names - matched)

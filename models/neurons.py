@@ -55,7 +55,7 @@ def runs_on_triton(backend: str, x: Tensor) -> bool:
     if backend == "triton":
         reason = why_not_on(x.device.type)
         if reason is not None:
-            raise UserError(f"--lif-backend triton: {reason}; take auto or reference")
+            raise UserError(f"triton: {reason}; take auto or reference", about="lif_backend")
         return True
     return backend == "auto" and x.device.type == "cuda" and why_not_on("cuda") is None
 

@@ -48,9 +48,9 @@ def load_weights(resnet: nn.Module, backbone: str, weights: str | None) -> None:
             state_dict = entry.get_state_dict(progress=True, check_hash=True)
         except (URLError, OSError, RuntimeError) as error:
             raise UserError(
-                f"--weights {weights}: the ImageNet weights of {backbone} could not be downloaded ({error}); "
-                f"fetch {entry.url} elsewhere and pass its path with --weights PATH, "
-                "or pass --weights none to start from random weights"
+                f"{weights}: the ImageNet weights of {backbone} could not be downloaded ({error}); "
+                f"fetch {entry.url} elsewhere and give its path, or none to start from random weights",
+                about="weights",
             ) from error
     else:
         state_dict = read_state_dict(Path(weights))
@@ -60,22 +60,28 @@ def load_weights(resnet: nn.Module, backbone: str, weights: str | None) -> None:
     for names, what in ((sorted(found - own), "does not belong to it"), (sorted(own - found), "is missing")):
         names = [name for name in names if not name.endswith("num_batches_tracked")]
         if names:
-            raise UserError(f"--weights {weights}: not the weights of a {backbone}: {names[0]} {what}")
+            raise UserError(f"{weights}: not the weights of a {backbone}: {names[0]} {what}", about="weights")
     try:
         resnet.load_state_dict({name: state_dict[name] for name in found & own}, strict=False)
     except RuntimeError as error:
-        raise UserError(f"--weights {weights}: not the weights of a {backbone}: {_first_detail(error)}") from error
+        raise UserError(
+            f"{weights}: not the weights of a {backbone}: {_first_detail(error)}", about="weights"
+        ) from error
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
-        raise UserError(f"--weights {path}: expected default, none, a torchvision weights name or a file; no such file")
+        raise UserError(
+            f"{path}: expected default, none, a torchvision weights name or a file; no such file", about="weights"
+        )
     try:
         state_dict = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises many types for a damaged or unsafe file
-        raise UserError(f"--weights {path}: not a readable state dict ({_first_detail(error)})") from error
+        raise UserError(f"{path}: not a readable state dict ({_first_detail(error)})", about="weights") from error
     if not isinstance(state_dict, dict) or not all(isinstance(v, Tensor) for v in state_dict.values()):
-        raise UserError(f"--weights {path}: expected a state dict (name -> tensor), found {type(state_dict).__name__}")
+        raise UserError(
+            f"{path}: expected a state dict (name -> tensor), found {type(state_dict).__name__}", about="weights"
+        )
     return state_dict
 
 

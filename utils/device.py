@@ -18,7 +18,7 @@ def choose_device(name: str, local_rank: int = 0, local_processes: int = 1) -> t
     except RuntimeError:
         device = None
     if device is None or device.type not in ("cuda", "cpu"):
-        raise UserError(f"--device {name}: expected cuda, cuda:N or cpu")
+        raise UserError(f"{name}: expected cuda, cuda:N or cpu", about="device")
     if device.type == "cpu":
         return device
     there = torch.cuda.device_count()
@@ -28,14 +28,15 @@ def choose_device(name: str, local_rank: int = 0, local_processes: int = 1) -> t
             return torch.device("cuda", 0)
         if local_processes > there:
             raise UserError(
-                f"--device cuda: {local_processes} processes were started on this machine, it has {there} CUDA "
-                "devices; start one a device (--nproc-per-node)"
+                f"cuda: {local_processes} processes were started on this machine, it has {there} CUDA devices; "
+                "start one a device (--nproc-per-node)",
+                about="device",
             )
         return torch.device("cuda", local_rank)
     if local_processes > 1 and device.index is not None:
-        raise UserError(f"--device {name}: each of several processes takes its own GPU; give --device cuda")
+        raise UserError(f"{name}: each of several processes takes its own GPU; give cuda", about="device")
     if (device.index or 0) >= there:
-        raise UserError(f"--device {name}: this machine has {there} CUDA devices; use --device cpu")
+        raise UserError(f"{name}: this machine has {there} CUDA devices; use cpu", about="device")
     return device
 
 

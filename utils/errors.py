@@ -10,7 +10,14 @@ import torch.distributed as dist
 
 class UserError(ValueError):
     """A mistake in flags, files or data. The message is one line: which file or flag, what was expected, what was
-    found, what to do."""
+    found, what to do.
+
+    about: the parameter that the message is about, if it is one. A script puts its flag of this name in front.
+    """
+
+    def __init__(self, message: str, about: str | None = None):
+        super().__init__(message)
+        self.about = about
 
 
 class OtherProcessError(UserError):

@@ -52,20 +52,22 @@ class RunFolder:
             _lock(path)
         except OSError as error:
             raise UserError(
-                f"--run-dir {path}: cannot be written ({error.strerror}); name a writable folder"
+                f"{path}: cannot be written ({error.strerror}); name a writable folder", about="run_dir"
             ) from error
         for leftover in path.glob(".*.tmp"):  # of a run that was killed while it wrote
             leftover.unlink(missing_ok=True)
         earlier = [file for file in (*kept_checkpoints(path), self.best, self._metrics) if file.exists()]
         if earlier and not resuming and not overwrite:
             raise UserError(
-                f"--run-dir {path}: holds a run already ({earlier[0].name}); continue it with --resume auto, "
-                "replace it with --overwrite, or name another folder"
+                f"{path}: holds a run already ({earlier[0].name}); continue it with --resume auto, replace it with "
+                "--overwrite, or name another folder",
+                about="run_dir",
             )
         if earlier and not resuming and not (path / "config.json").exists():
             raise UserError(
-                f"--overwrite: {path} holds {earlier[0].name} but no config.json, so it is not a run of this project; "
-                "name another folder with --run-dir"
+                f"{path}: holds {earlier[0].name} but no config.json, so it is not a run of this project and is not "
+                "overwritten; name another folder",
+                about="run_dir",
             )
         self._replace = not resuming
         self._tensorboard = None
@@ -195,7 +197,7 @@ def _lock(folder: Path) -> None:
                 print(f"waiting for another process to leave {folder}", flush=True)
             if waited == _SECONDS_FOR_ANOTHER_TO_LEAVE:
                 raise UserError(
-                    f"--run-dir {folder}: another process is writing to it; wait for it, or name another folder"
+                    f"{folder}: another process is writing to it; wait for it, or name another folder", about="run_dir"
                 ) from error
             time.sleep(1)
     _locked[folder] = file

@@ -54,7 +54,8 @@ def run_script(main: Callable[[], int | None]) -> NoReturn:
     except OtherProcessError:
         status = 2
     except UserError as error:
-        _print_error(str(error))
+        flag = "" if error.about is None else f"--{error.about.replace('_', '-')} "
+        _print_error(f"{flag}{error}")
         status = 2
     except Exception as error:
         line = explain(error)

@@ -76,7 +76,7 @@ def _load_state_dict(network: nn.Module, file: str, what: str) -> None:
         if name in found and found[name].shape != value.shape
     ]
     if problems:
-        raise UserError(f"{file}: not the weights of {what}: {problems[0]}")
+        raise UserError(f"{file}: not the weights of {what}: {problems[0]}", about="weights")
     network.load_state_dict(found, strict=False)
 
 

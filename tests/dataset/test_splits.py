@@ -111,9 +111,9 @@ def test_refusals(tmp_path):
     root, lists = make_hmdb51(
         tmp_path, {"wave": {"a.avi": 1, "b.avi": 2}, "run": {"c.avi": 1}}, ["wave/a.avi", "wave/b.avi"]
     )
-    with pytest.raises(UserError, match=r"--data-root .*nowhere: no such folder"):
+    with pytest.raises(UserError, match=r"nowhere: no such folder"):
         read_hmdb51(tmp_path / "nowhere", lists, 1)
-    with pytest.raises(UserError, match=r"--annotation-path .*nowhere: no such folder"):
+    with pytest.raises(UserError, match=r"nowhere: no such folder"):
         read_hmdb51(root, tmp_path / "nowhere", 1)
     with pytest.raises(UserError, match=r"_test_split2\.txt, found none"):
         read_hmdb51(root, lists, 2)
@@ -129,7 +129,7 @@ def test_refusals(tmp_path):
     with pytest.raises(UserError, match=r"wave/a\.avi is listed both to train and to test on"):
         read_hmdb51(root, lists, 1)
     (lists / "wave_test_split1.txt").write_text("x.avi 1\ny.avi 2\n")
-    with pytest.raises(UserError, match="none of its 2 videos is in"):
+    with pytest.raises(UserError, match="holds none of the videos to train on"):
         read_hmdb51(root, lists, 1)
     with pytest.raises(UserError, match=r"classInd\.txt: cannot be read"):
         read_ucf101(root, lists, 1)

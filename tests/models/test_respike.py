@@ -237,7 +237,7 @@ def test_default_weights_offline_say_what_to_do(monkeypatch):
         raise URLError("no network")
 
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", offline)
-    with pytest.raises(UserError, match=r"could not be downloaded .*resnet18.*\.pth.*--weights none"):
+    with pytest.raises(UserError, match=r"could not be downloaded .*resnet18.*\.pth.*none to start"):
         ReSpike(weights="default")
 
 

@@ -55,7 +55,8 @@ def test_a_folder_is_one_runs_at_a_time(tmp_path, monkeypatch, capsys):
 
 
 def test_a_run_is_protected(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text("")
+    for name in ("metrics.jsonl", "config.json"):
+        (tmp_path / name).write_text("")
     with pytest.raises(UserError, match="holds a run already"):
         RunFolder(tmp_path, resuming=False, overwrite=False)
     RunFolder(tmp_path, resuming=True, overwrite=False)
@@ -83,5 +84,15 @@ def test_lists_keep_names_that_are_not_text(tmp_path):
 
 def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"--run-dir .*file/run: cannot be written"):
+    with pytest.raises(UserError, match=r"file/run: cannot be written"):
         RunFolder(tmp_path / "file" / "run", resuming=False, overwrite=False)
+
+
+def test_what_is_no_run_of_this_project_is_not_overwritten(tmp_path):
+    (tmp_path / "best.pt").write_bytes(b"weights of another project")
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"holds best\.pt but no config\.json, so it is not a run"):
+        RunFolder(tmp_path, resuming=False, overwrite=True)
+    (tmp_path / "best.pt").rename(tmp_path / "other.pt")
+    RunFolder(tmp_path, resuming=False, overwrite=True).begin(0)
+    assert {"other.pt", "notes.txt"} <= {file.name for file in tmp_path.iterdir()}
