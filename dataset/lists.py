@@ -15,6 +15,7 @@ from pathlib import Path
 from dataset.splits import VIDEO_SUFFIXES, Files, Split, VideoRecord, read_lines
 from utils.errors import UserError
 
+_MOST_CLASSES = 100_000  # a larger label is no label: a number of frames in the wrong column, or a mistyped one
 _LAST_INTEGER = re.compile(r"(.*[^\s,])[\s,]+(\d+)")
 
 
@@ -130,6 +131,8 @@ def _text_entries(part: VideoList, lines: list[tuple[int, str]]) -> Iterator[_En
             names.append(with_frames[1])
             if Path(with_frames[1]).suffix.lower() in VIDEO_SUFFIXES:
                 names.reverse()
+        if len(labelled[2]) > 9 or int(labelled[2]) >= _MOST_CLASSES:
+            raise UserError(f"{part.file}:{number}: expected a label below {_MOST_CLASSES}, found {labelled[2][:20]}")
         yield _Entry(number, tuple(names), int(labelled[2]), os.path.splitext(os.path.basename(names[0]))[0])
 
 
