@@ -86,15 +86,15 @@ def cached_features(
     labels_file: .npy of the clips' labels, for other programs. Written if it is missing or differs.
     videos: the videos, each of which must be decodable.
     sampling: gives the frames of each clip (`dataset.frame_sampling`).
-    network: normalised frames float32 [N, 3, size, size] -> [N, width]. A build moves it to `device`. None, only
-        without `may_build`: its weights are not compared.
+    network: normalised frames float32 [N, 3, size, size] -> [N, width]. A build moves it to `device`. None,
+        allowed without `may_build`: the weights are not compared.
     description: more to compare, in types that JSON has.
     device: where the features are computed.
     batch_size: clips in a batch of the network.
     workers: processes that decode videos.
     size: pixels, side of a frame.
     pin: for copies to a GPU beside computation.
-    may_build: False: only read the files.
+    may_build: False: never compute features.
     verify: compare the checksum of `data_file`, which reads it whole. Its size is always compared.
 
     Raises UserError if the files do not fit or are damaged without `may_build`, if a video cannot be decoded and if
