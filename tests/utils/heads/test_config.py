@@ -54,7 +54,7 @@ def write(folder: Path, content: dict | list | str) -> Path:
 
 
 def refusal(path: Path) -> str:
-    """The one line that refuses a config, less the file's name that it starts with."""
+    """The message that refuses a config, without the file's name at its start."""
     with pytest.raises(UserError) as refused:
         read_config(path)
     message = str(refused.value)

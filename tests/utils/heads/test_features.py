@@ -38,7 +38,7 @@ class Colours(nn.Module):
         for value in self.parameters():
             nn.init.normal_(value, generator=generator)
         self.fails_at = fails_at
-        self.frames: list[int] = []  # of each batch
+        self.frames: list[int] = []  # number of frames of each batch
 
     def forward(self, frames):
         if len(self.frames) + 1 == self.fails_at:
@@ -54,7 +54,7 @@ def no_waiting(monkeypatch):
 
 @pytest.fixture
 def folder(tiny_demo, tmp_path) -> Path:
-    """Videos of one's own, to be changed."""
+    """A folder with copies of some videos, which a test may change."""
     own = tmp_path / "videos" / "class"
     own.mkdir(parents=True)
     for video in sorted(Path(tiny_demo[0]).glob("*/*.avi"))[: 2 * VIDEOS : 2]:
