@@ -81,6 +81,8 @@ def errors_name(key: str) -> Iterator[None]:
 
 @dataclass
 class Data:
+    """What a head is trained and tested on."""
+
     train_loader: FeatureBatches | ClipBatches
     test_loader: FeatureBatches | ClipBatches
     width: int  # of the features
@@ -104,6 +106,7 @@ def find_videos(config: Config) -> tuple[list[str], VideoTable, VideoTable]:
 
 
 def load_data(config: Config, train_videos: VideoTable, test_videos: VideoTable, device: torch.device) -> Data:
+    """Minibatches of cached features, or of clips if the CNN is trained along with the head."""
     loading, files, trainer = config.dataloader, config.pickle_locations, config.SNN_trainer
     sampling = SegmentSampling(loading.frames_per_segment, loading.segments_per_video)
     pin = loading.pin_memory and device.type == "cuda"
@@ -161,14 +164,14 @@ def memory_window(config: Config) -> float:
 
 def build_optimizer(config: Config, network: nn.Module) -> torch.optim.Optimizer:
     trainer = config.SNN_trainer
-    how = dict(lr=trainer.learning_rate, weight_decay=trainer.weight_decay)
+    parameters, learning_rate = network.parameters(), trainer.learning_rate
     if trainer.optimizer == "adam":
-        return torch.optim.Adam(network.parameters(), **how)
-    return torch.optim.SGD(network.parameters(), momentum=0.9, **how)
+        return torch.optim.Adam(parameters, learning_rate, weight_decay=trainer.weight_decay)
+    return torch.optim.SGD(parameters, learning_rate, momentum=0.9, weight_decay=trainer.weight_decay)
 
 
 def network_settings(config: Config, width: int, classes: int) -> dict:
-    """What a checkpoint's network and this run's must have in common; how it is trained is not part of it."""
+    """The settings that a checkpoint must share with this run. Those of the training may differ."""
     training = ("minibatch_size", "loss", "train_mode")
     settings = {key: value for key, value in dataclasses.asdict(config.SNN).items() if key not in training}
     settings |= {"theta": memory_window(config), **dataclasses.asdict(config.CNN)}
@@ -176,7 +179,7 @@ def network_settings(config: Config, width: int, classes: int) -> dict:
 
 
 def run_head(config: Config, data: Data, classes: int, device: torch.device, in_own_folder: bool) -> bool:
-    """Train and test one head. in_own_folder: with a run folder and weights of its own, beside the other heads'.
+    """Train and test one head. in_own_folder: the head gets a run folder and a file of weights of its own.
     Returns False if a signal stopped the training."""
     trainer, snn, weights = config.SNN_trainer, config.SNN, config.pickle_locations.SNN_weights
     folder = Path(config.save_dir) / config.name
@@ -191,8 +194,9 @@ def run_head(config: Config, data: Data, classes: int, device: torch.device, in_
         run = RunFolder(folder, resuming=True, overwrite=False)
     seed_all(config.seed)  # again: the head is the same whether the features were computed or read
     head = build_head(config, data.width, classes)
-    shown = (head, snn.steps_per_frame, data.mean, data.deviation)
-    network = (OnFeatures(*shown) if data.cnn is None else OnFrames(data.cnn, *shown)).to(device)
+    inputs = (snn.steps_per_frame, data.mean, data.deviation)
+    network = OnFeatures(head, *inputs) if data.cnn is None else OnFrames(data.cnn, head, *inputs)
+    network = network.to(device)
     settings = network_settings(config, data.width, classes)
     print(f"{snn.head}: {sum(parameter.numel() for parameter in network.parameters()):,} parameters in {folder}")
 
@@ -205,9 +209,9 @@ def run_head(config: Config, data: Data, classes: int, device: torch.device, in_
         return False
     network.eval()
     tested = evaluate(network, data.test_loader, data.test_loader.videos)
-    loading = config.dataloader
-    about = {"head": snn.head, "train_mode": snn.train_mode, "frames": loading.frames_per_segment}
-    run.write_result({**about, "segments": loading.segments_per_video, **tested})
+    frames, segments = config.dataloader.frames_per_segment, config.dataloader.segments_per_video
+    about = {"head": snn.head, "train_mode": snn.train_mode, "frames": frames, "segments": segments}
+    run.write_result(about | tested)
     print(
         f"{snn.head}, train_mode {snn.train_mode}: last step {tested['last_step']:.2f} %, "
         f"video {tested['video']:.2f} % of {tested['counts']['videos']}"

@@ -124,7 +124,7 @@ def parse_args() -> argparse.Namespace:
     add("--train-root", metavar="FOLDER", help="the same for --train-list alone")
     add("--val-root", metavar="FOLDER", help="the same for --val-list alone")
     add("--label-map", metavar="FILE", help="class names, one a line; label 0 is the first")
-    add("--num-classes", type=whole(1, below=100_000), metavar="N", help="not given: of the label map, or as the labels need")
+    add("--num-classes", type=whole(1, below=100_000), metavar="N", help="not given: as many as needed")
     add_shared_flags(parser)
     args = parse(parser, DEFAULTS)
     if args.dset == "kinetics400":

@@ -50,8 +50,10 @@ def trained(head: str, seed: int, epochs: int) -> dict[str, float]:
     for epoch in range(epochs):
         order = minibatches(TRAINING, 100, seed, epoch)
         batches = ((inputs[:, batch], labels[batch]) for batch in order)
-        how = dict(task=f"epoch {epoch + 1}", steps=len(order), loss="last", train_mode=mode, shown=False)
-        result = train_epoch(model, model, batches, optimizer, **how)
+        result = train_epoch(
+            model, model, batches, optimizer, task=f"epoch {epoch + 1}", steps=len(order), loss="last",
+            train_mode=mode, shown=False,
+        )  # fmt: skip
     inputs, labels = delayed_recall(TESTING, 200 + seed)
     tested = evaluate(model, [(inputs, labels)], torch.arange(TESTING))
     return {"train": result["train_last_step"], "test": tested["last_step"]}

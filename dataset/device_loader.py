@@ -1,6 +1,5 @@
 """Loaders whose batches arrive on the device, copied ahead of need and split into key and residual frames."""
 
-import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -14,8 +13,8 @@ from dataset.batch_sampler import EvalBatchSampler, TrainBatchSampler
 from dataset.clips import VideoTable
 from dataset.frame_sampling import FrameSampling
 from dataset.residual import key_residual_split
-from dataset.video import VideoBatch, VideoDataset, collate, make_loader
-from utils.errors import UserError, explain_loading
+from dataset.video import VideoBatch, VideoDataset, collate, loaded, make_loader
+from utils.errors import UserError
 from utils.runtime import Runtime
 
 
@@ -33,7 +32,7 @@ class DeviceLoader:
 
     Iterating gives uint8 `VideoBatch`es; on a GPU the next one is copied while the present one is used. `split`
     makes a `Batch` of one just before the network takes it, because key and residual frames are up to four times
-    as large. Raises UserError if a data loading process dies.
+    as large.
     """
 
     def __init__(self, loader: DataLoader, stride: int, runtime: Runtime):
@@ -47,7 +46,7 @@ class DeviceLoader:
         return len(self._loader.dataset)
 
     def __iter__(self) -> Iterator[VideoBatch]:
-        return to_device(self._loaded(), self._runtime.device)
+        return to_device(loaded(self._loader), self._runtime.device)
 
     def split(self, batch: VideoBatch) -> Batch:
         key, residual = key_residual_split(batch.clips, self._stride, self._runtime.precision)
@@ -62,19 +61,6 @@ class DeviceLoader:
         out."""
         data = self._loader.dataset
         return collate([data[0, index] for index in range(min(count, len(data)))])
-
-    def _loaded(self) -> Iterator[VideoBatch]:
-        try:
-            iterator = iter(self._loader)
-            # PyTorch would raise a worker's death wherever the main thread happens to be, even in the middle of an
-            # optimizer step. Without its handler the death is noticed at the next wait for a batch.
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            yield from iterator
-        except (RuntimeError, OSError, ValueError) as error:
-            explained = explain_loading(error)
-            if explained is None:
-                raise  # a fault of this code: the traceback shows it
-            raise explained from error
 
 
 @dataclass(frozen=True)

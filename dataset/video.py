@@ -5,9 +5,10 @@ of workers, or on what was drawn before. So a resumed run sees what an undisturb
 """
 
 import random
+import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy
@@ -18,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 from dataset.clips import NO_VIDEO, RANDOM_PLACE, VideoTable
 from dataset.decode import VideoError, decode_frames
 from dataset.frame_sampling import FrameSampling
+from utils.errors import explain_loading
 from utils.signals import leave_signals_to_the_main_process
 
 # A file that cannot be read now may be readable again after a hiccup of the network drive.
@@ -142,3 +144,18 @@ def make_loader(dataset: VideoDataset, batches: Sampler, workers: int, pin: bool
         # Forked, also by newer versions of Python: workers end with the process that they are forked from.
         multiprocessing_context="fork" if workers > 0 and sys.platform == "linux" else None,
     )
+
+
+def loaded(loader: DataLoader) -> Iterator[VideoBatch]:
+    """The batches of a loader. Raises UserError in one line if a data loading process dies or raises UserError."""
+    try:
+        iterator = iter(loader)
+        # PyTorch would raise a worker's death wherever the main thread happens to be, even in the middle of an
+        # optimizer step. Without its handler the death is noticed at the next wait for a batch.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        yield from iterator
+    except (RuntimeError, OSError, ValueError) as error:
+        explained = explain_loading(error)
+        if explained is None:
+            raise  # a fault of this code: the traceback shows it
+        raise explained from error

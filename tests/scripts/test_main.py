@@ -35,7 +35,7 @@ def cache(folder: Path) -> dict:
 
 
 def config(folder: Path, tiny_demo, **changes) -> dict:
-    """Tiny heads on 24 tiny videos. changes: of the keys of any section, or of the top level."""
+    """A config of tiny heads on 24 tiny videos. changes: new values of keys of any section or the top level."""
     content = {
         "name": "run", "seed": 3, "dset": "hmdb51", "data_path": str(tiny_demo[0]),
         "annotation_path": str(tiny_demo[1]), "use_cuda": False, "save_dir": str(folder / "runs"),
@@ -175,7 +175,7 @@ def test_a_resumed_run_ends_as_an_undisturbed_one(start, tmp_path, whole, head):
 
 
 def test_a_run_that_a_signal_stops(start, tmp_path, whole, monkeypatch):
-    """It goes on with the epoch that it was stopped in, and ends as if nothing had been."""
+    """The next start begins the stopped epoch again, and ends with the weights of an undisturbed run."""
     shuffled = FeatureBatches.shuffled
 
     def signalled(self, epoch):
@@ -297,7 +297,7 @@ def test_what_differs_is_named(start, refused, change, named):
 
 
 def test_another_window_under_the_same_name(start, refused):
-    """theta null is the number of frames: the memory's window is another with other frames."""
+    """With theta null the memory's window is the number of frames, so other frames are another network."""
     start(epochs=1)
     refused(r"checkpoint of another network", frames_per_segment=5)
 

@@ -10,8 +10,7 @@ from torch import Tensor
 from dataset.clips import VideoTable, eval_clips
 from dataset.residual import normalised
 from dataset.transforms import eval_transforms
-from dataset.video import VideoDataset, make_loader
-from utils.errors import UserError, explain_loading
+from dataset.video import VideoDataset, loaded, make_loader
 from utils.heads.features import Features
 
 
@@ -83,10 +82,7 @@ class ClipBatches(_Batches):
 
     def _load(self, batches: list[list[int]], epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         keys = [[(epoch, clip) for clip in batch] for batch in batches]
-        try:
-            for batch in make_loader(self._clips, keys, self._workers, self._pin):
-                clips = batch.clips.to(self._device, non_blocking=True)  # uint8: a quarter of the bytes
-                frames = normalised(clips.flatten(0, 1))
-                yield frames.unflatten(0, clips.shape[:2]), batch.labels.to(self._device, non_blocking=True)
-        except UserError as error:
-            raise explain_loading(error) from error
+        for batch in loaded(make_loader(self._clips, keys, self._workers, self._pin)):
+            clips = batch.clips.to(self._device, non_blocking=True)  # uint8: a quarter of the bytes
+            frames = normalised(clips.flatten(0, 1))
+            yield frames.unflatten(0, clips.shape[:2]), batch.labels.to(self._device, non_blocking=True)

@@ -33,7 +33,7 @@ class DataloaderConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class FilesConfig:
-    """Where the features are cached, as .npy files, and where weights are."""
+    """The .npy files in which features are cached, and the files of weights."""
 
     train_data: str
     test_data: str
@@ -107,14 +107,12 @@ class Config:
     SNN_trainer: TrainerConfig
 
 
+# All numbers lie between these two, except for the smallest values in _LEAST and the seed's largest value.
+_SMALLEST, _LARGEST = 1, 10**6
 _LEAST = {
-    "seed": 0, "dataloader.batch_size": 1, "dataloader.workers": 0, "dataloader.frames_per_segment": 1,
-    "dataloader.segments_per_video": 1, "dataloader.size": 32, "SNN.minibatch_size": 1, "SNN.ensembles": 1,
-    "SNN.neurons_per_ensemble": 1, "SNN.synapse_seconds": 0, "SNN.steps_per_frame": 1, "SNN.units": 1,
-    "SNN.memory": 1, "SNN.order": 1, "SNN.theta": 1, "SNN_trainer.epochs": 1, "SNN_trainer.learning_rate": 0,
-    "SNN_trainer.weight_decay": 0,
+    "seed": 0, "dataloader.workers": 0, "dataloader.size": 32, "SNN.synapse_seconds": 0,
+    "SNN_trainer.learning_rate": 0, "SNN_trainer.weight_decay": 0,
 }  # fmt: skip
-_MOST = 10**6  # of all numbers but the seed: a larger one is a slip of the hand
 
 
 def read_config(path: Path) -> Config:
@@ -157,13 +155,12 @@ def _check(config: Config) -> None:
         )
 
 
-def _read_section(kind: type, content: object, at: str):
-    """A `kind` with the values of the JSON object `content`. at: its dotted key, "" at the top level."""
+def _read_section(kind: type, content: object, prefix: str):
+    """A `kind` with the values of the JSON object `content`. prefix: "SECTION.", or "" at the top level."""
     if type(content) is not dict:
-        raise UserError(f"{at or 'the file'}: must be {_expected(kind)}, got {_shown(content)}")
+        raise UserError(f"{prefix.removesuffix('.') or 'the file'}: must be {_expected(kind)}, got {_shown(content)}")
     hints = get_type_hints(kind)
     names = {name.lower(): name for name in hints}
-    prefix = f"{at}." if at else ""
     values = {}
     for key, value in content.items():
         if key.startswith("_"):
@@ -181,11 +178,11 @@ def _read_section(kind: type, content: object, at: str):
 
 def _read_value(hint, value: object, key: str):
     if dataclasses.is_dataclass(hint):
-        return _read_section(hint, value, key)
+        return _read_section(hint, value, f"{key}.")
     if not any(_is_a(kind, value) for kind in _kinds(hint)):
         raise UserError(f"{key}: must be {_expected(hint)}, got {_shown(value)}")
-    if value is not None and key in _LEAST:
-        least, most = _LEAST[key], 2**63 - 1 if key == "seed" else _MOST
+    if type(value) in (int, float):
+        least, most = _LEAST.get(key, _SMALLEST), 2**63 - 1 if key == "seed" else _LARGEST
         if not least <= value <= most:  # NaN is refused here too
             raise UserError(f"{key}: must be from {least} to {most}, got {_shown(value)}")
     return float(value) if type(value) is int and float in _kinds(hint) else value

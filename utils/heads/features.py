@@ -24,7 +24,7 @@ from dataset.batch_sampler import EvalBatchSampler
 from dataset.clips import VideoTable, eval_clips
 from dataset.residual import normalised
 from dataset.transforms import eval_transforms
-from dataset.video import VideoDataset, make_loader
+from dataset.video import VideoDataset, loaded, make_loader
 from models.heads.cnn import FrameCNN, weights_digest
 from utils.errors import UserError
 from utils.files import write_atomically
@@ -83,18 +83,18 @@ def cached_features(
     sampling, frame size and network, otherwise computed and written to it.
 
     data_file: .npy of the features.
-    labels_file: .npy of the clips' labels; for other programs, it is never read for its values.
+    labels_file: .npy of the clips' labels, for other programs. Written if it is missing or differs.
     videos: the videos, each of which must be decodable.
     sampling: gives the frames of each clip (`dataset.frame_sampling`).
-    network: normalised frames float32 [N, 3, size, size] -> [N, width]. A build moves it to `device`. None, only
-        without `may_build`: its weights are not compared.
+    network: normalised frames float32 [N, 3, size, size] -> [N, width]. A build moves it to `device`. None,
+        allowed without `may_build`: the weights are not compared.
     description: more to compare, in types that JSON has.
     device: where the features are computed.
     batch_size: clips in a batch of the network.
     workers: processes that decode videos.
     size: pixels, side of a frame.
     pin: for copies to a GPU beside computation.
-    may_build: False: only read the files.
+    may_build: False: never compute features.
     verify: compare the checksum of `data_file`, which reads it whole. Its size is always compared.
 
     Raises UserError if the files do not fit or are damaged without `may_build`, if a video cannot be decoded and if
@@ -103,16 +103,13 @@ def cached_features(
     files = _Files(data_file)
     clips = eval_clips(videos, sampling)
     labels = videos.labels[clips["video"]]
-    parts = _parts(videos, sampling, size, network, description)
     try:
-        data_fault = _fault_of_data(files, parts, verify)
-        labels_fault = _fault_of_labels(labels_file, labels)
-        fault = data_fault or labels_fault
+        parts = _parts(videos, sampling, size, network, description)
+        fault = _fault(files, parts, verify)
         if fault and not may_build:
             raise UserError(f"{fault}; set import_CNN_forward_data to false to build it")
         if fault:
             print(f"{fault}; building it", flush=True)
-        if data_fault:
             network = network.to(device).eval()
             array, done = _open_part(files, parts, (len(clips), sampling.clip_frames, network.width))
             transforms = eval_transforms(size, round(size * 256 / 224))
@@ -120,13 +117,11 @@ def cached_features(
             loader = make_loader(dataset, EvalBatchSampler(dataset.clips, batch_size), workers, pin)
             _fill(array, done, loader, network, device, lambda done: _save_part(files, parts, array, done))
             _finish(files, parts)
-        if labels_fault:
-            labels_file.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(labels_file, _npy(labels))
+        _write_labels(labels_file, labels)
         data = numpy.load(data_file, mmap_mode="r", allow_pickle=False)
     except OSError as error:
         raise UserError(
-            f"{data_file}: cannot be read or built ({error.strerror or error}); "
+            f"{error.filename or data_file}: cannot be read or written ({error.strerror or error}); "
             "name a file in a writable folder with enough room"
         ) from error
     return Features(data, labels, clips["video"])
@@ -150,11 +145,8 @@ def _digest_of_videos(videos: VideoTable) -> str:
     digest = hashlib.sha256()
     for video, (label, frames) in enumerate(zip(videos.labels.tolist(), videos.frames.tolist(), strict=True)):
         path = os.path.abspath(videos.path(video))
-        try:
-            status = os.stat(path)
-            stamp = [status.st_size, status.st_mtime_ns]
-        except OSError:  # decoding the video gives the better message
-            stamp = [-1, -1]
+        status = os.stat(path)
+        stamp = [status.st_size, status.st_mtime_ns]
         digest.update(os.fsencode(path) + json.dumps([stamp, label, frames]).encode() + b"\n")
     return digest.hexdigest()
 
@@ -166,7 +158,7 @@ def _digest(value) -> str:
 # ---- is the file what it should be? ------------------------------------------------------------------
 
 
-def _fault_of_data(files: _Files, parts: dict[str, str], verify: bool) -> str | None:
+def _fault(files: _Files, parts: dict[str, str], verify: bool) -> str | None:
     """Why the data file cannot be used, in one line; None if it can."""
     for file in (files.data, files.manifest):
         if not file.is_file():
@@ -183,12 +175,6 @@ def _fault_of_data(files: _Files, parts: dict[str, str], verify: bool) -> str | 
     if verify and _checksum(files.data) != manifest["data"]["sha256"]:
         return f"{files.data}: damaged: its checksum differs"
     return None
-
-
-def _fault_of_labels(file: Path, labels: numpy.ndarray) -> str | None:
-    if not file.is_file():
-        return f"{file}: no such file"
-    return None if file.read_bytes() == _npy(labels) else f"{file}: not the labels of these clips"
 
 
 def _read_manifest(file: Path) -> dict | None:
@@ -254,7 +240,7 @@ def _fill(
     saved = time.monotonic()
     try:
         with Progress(len(loader), "CNN features", unit="batch") as progress, torch.no_grad():
-            for batch in loader:
+            for batch in loaded(loader):
                 if batch.failed:
                     raise UserError(
                         f"{batch.failed[0].error}; features need every video: mend it or take it off the list"
@@ -267,12 +253,6 @@ def _fill(
                 if time.monotonic() > saved + _SECONDS_BETWEEN_SAVES:
                     save(done)
                     saved = time.monotonic()
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        raise UserError(
-            f"a data loading process died ({' '.join(str(error).split())}); fewer workers, or more memory or /dev/shm"
-        ) from error
     finally:
         save(done)
 
@@ -293,7 +273,9 @@ def _finish(files: _Files, parts: dict[str, str]) -> None:
     files.part_manifest.unlink(missing_ok=True)
 
 
-def _npy(array: numpy.ndarray) -> bytes:
+def _write_labels(file: Path, labels: numpy.ndarray) -> None:
     content = io.BytesIO()
-    numpy.save(content, array, allow_pickle=False)
-    return content.getvalue()
+    numpy.save(content, labels, allow_pickle=False)
+    if not file.is_file() or file.read_bytes() != content.getvalue():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, content.getvalue())

@@ -36,7 +36,7 @@ def golden_array(golden, name: str) -> tuple[EnsembleArray, dict[str, Tensor]]:
 
 
 def represented_by(array: EnsembleArray, features: Tensor) -> Tensor:
-    """What the ensembles are given, step by step: the synapse's output of the step before."""
+    """The numbers that the ensembles represent: the synapse's output of the step before, computed in a loop."""
     decay, value, seen = array.synapse.decay, torch.zeros(features.shape[1], len(array.transform)).to(features), []
     for step in features:
         seen.append(value)
@@ -94,7 +94,7 @@ def test_gradients_of_rates_are_autograds(neuron):
         return (rate * decoders).sum(-1)
 
     array = small(neuron).double()
-    with torch.no_grad():  # up to the threshold, where the surrogate is softer than the rate, is for another test
+    with torch.no_grad():  # away from the threshold, near which the surrogate is softer than the rate
         array.bias += torch.where(array.bias < 0, -3.0, 3.0) * array.scaled_encoders.abs()
     represented = (torch.rand(9, 2, 6).double() * 2 - 1).requires_grad_()
     inputs = represented, array.scaled_encoders, array.bias, array.decoders
@@ -109,7 +109,7 @@ def test_gradients_of_rates_are_autograds(neuron):
 
 @pytest.mark.parametrize("neuron", [SpikingRectifiedLinear(), LIF(), AdaptiveLIF()])
 def test_gradients_through_spikes(neuron):
-    """The decoders' is the spikes'; the others' are the rates', step by step from the state that was there."""
+    """The decoders' gradient comes from the spikes, all others from the rates, with the neurons' state of each step."""
     array = small(neuron).double()
     represented = (torch.rand(30, 2, 6).double() * 2 - 1).requires_grad_()
     incoming = torch.randint(-3, 4, (30, 2, 6)).double()  # whole numbers: sums are exact in any order
@@ -155,7 +155,7 @@ def test_decoders_decode(name):
     neuron = NEURONS[name]()
     array = EnsembleArray(1, 1, ensembles=2, neurons_per_ensemble=50, neuron=neuron).double()
     x = torch.linspace(-0.97, 0.97, 23).double()
-    if name == "Izhikevich" or "Adaptive" in name:  # what they fire at in the long run is another matter
+    if name == "Izhikevich" or "Adaptive" in name:  # their rate changes over time
         assert array.decoders.isfinite().all() and array.decoders.count_nonzero() > 0
         return
     decoded = array.decoded(x[None, :, None].expand(500 if neuron.spiking else 1, -1, 2)).mean(0)
@@ -163,7 +163,7 @@ def test_decoders_decode(name):
 
 
 def test_neurons_are_tuned_as_nengos_are():
-    """They start to fire within [-1, 0.9] and reach 200 to 400 Hz at the end of their side."""
+    """They start to fire at values in [-1, 0.9] and reach 200 to 400 Hz at the value 1 or -1."""
     torch.manual_seed(5)
     array = EnsembleArray(1, 1, ensembles=40, neurons_per_ensemble=50, neuron=LIFRate())
     encoders, bias = array.scaled_encoders.detach(), array.bias.detach()

@@ -65,7 +65,7 @@ def test_a_memory_recalls_what_went_in(double):
         decoder = torch.linalg.lstsq(memories[whole][:260], delayed[:260]).solution
         error = (memories[whole] @ decoder - delayed)[260:].square().mean().sqrt()
         assert error < 0.02 * delayed.square().mean().sqrt(), delay
-    forgotten = signal.roll(6 * theta)[whole, None]  # what lies far outside of the window is no longer there
+    forgotten = signal.roll(6 * theta)[whole, None]  # far outside of the window
     noise = torch.randn(steps, 1, 1)
     memories = cell._convolved(noise)[whole, 0]
     forgotten = noise.roll(3 * theta, 0)[whole, 0]
@@ -148,7 +148,7 @@ def test_neuron_of_a_head_can_be_exchanged():
     rate = head(x)
     assert not torch.equal(rate, spiking)
     head.neuron = SpikingRectifiedLinear()
-    assert torch.equal(head(x), spiking)  # no state is left over either
+    assert torch.equal(head(x), spiking)  # no state is kept between calls
     assert spiking.shape == (28, 2, 4)
 
 

@@ -125,7 +125,7 @@ def test_several_spikes_a_step():
 
 
 def test_izhikevichs_surrogate_is_near_its_rate():
-    """Some 2 J Hz from J = 3.8 on."""
+    """About 2 J Hz, starting at J = 3.8."""
     currents = torch.tensor([2.0, 6.0, 10.0, 14.0]).double()
     rates = simulate(Izhikevich(), currents.expand(2000, -1))[500:].mean(0)
     assert rates[0] == 0
@@ -150,7 +150,7 @@ def test_gradient_is_that_of_the_rate(neuron, currents):
 
 
 def test_gradient_is_finite_at_the_threshold():
-    """Where the rate's own derivative is infinite; it is 0 far below, and rises to its peak near it."""
+    """The rate's own derivative is infinite there. The surrogate is 0 far below and has its peak near the threshold."""
     current = torch.linspace(-40, 3, 4301).double()
     gradient = LIFRate().rate_gradient(current, ())
     assert gradient.isfinite().all() and (gradient >= 0).all() and gradient[current < 0].max() < 1e-6

@@ -10,16 +10,7 @@ import pytest
 from models.resnet import BACKBONES
 from tests.helpers.script import ROOT
 from utils.errors import UserError
-from utils.heads.config import (
-    _LEAST,
-    CNNConfig,
-    Config,
-    DataloaderConfig,
-    FilesConfig,
-    SNNConfig,
-    TrainerConfig,
-    read_config,
-)
+from utils.heads.config import CNNConfig, Config, DataloaderConfig, FilesConfig, SNNConfig, TrainerConfig, read_config
 
 CONFIGS = sorted((ROOT / "configs").glob("*.json"))
 LEFT_OUT = object()
@@ -63,7 +54,7 @@ def write(folder: Path, content: dict | list | str) -> Path:
 
 
 def refusal(path: Path) -> str:
-    """The one line that refuses a config, less the file's name that it starts with."""
+    """The message that refuses a config, without the file's name at its start."""
     with pytest.raises(UserError) as refused:
         read_config(path)
     message = str(refused.value)
@@ -256,9 +247,17 @@ def test_bad_values(tmp_path, changes, message):
     assert refusal(write(tmp_path, changed(changes))) == message
 
 
-@pytest.mark.parametrize("key", _LEAST)
-def test_numbers_below_their_least(tmp_path, key):
-    low = _LEAST[key]
+LEAST = {
+    "seed": 0, "dataloader.batch_size": 1, "dataloader.workers": 0, "dataloader.frames_per_segment": 1,
+    "dataloader.segments_per_video": 1, "dataloader.size": 32, "SNN.minibatch_size": 1, "SNN.ensembles": 1,
+    "SNN.neurons_per_ensemble": 1, "SNN.synapse_seconds": 0, "SNN.steps_per_frame": 1, "SNN.units": 1,
+    "SNN.memory": 1, "SNN.order": 1, "SNN.theta": 1, "SNN_trainer.epochs": 1, "SNN_trainer.learning_rate": 0,
+    "SNN_trainer.weight_decay": 0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("key", "low"), LEAST.items())
+def test_numbers_below_their_least(tmp_path, key, low):
     read_config(write(tmp_path, changed({key: low})))
     assert refusal(write(tmp_path, changed({key: low - 1}))).startswith(f"{key}: must be from {low} to ")
 

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Head(nn.Module):
-    """Inputs [T, B, 3] -> logits, with a note of the neurons it was called with."""
+    """Inputs [T, B, 3] -> logits. `seen` lists the neurons it had in each call."""
 
     def __init__(self, neuron=None):
         super().__init__()
@@ -30,7 +30,7 @@ class Head(nn.Module):
         return self.readout(inputs)
 
 
-def told(count: int, seed: int = 0):
+def showing_labels(count: int, seed: int = 0):
     """Inputs that show their label at every step."""
     labels = torch.randint(3, (count,), generator=torch.Generator().manual_seed(seed))
     return F.one_hot(labels, 3).float().expand(4, -1, -1) * 2, labels
@@ -74,7 +74,7 @@ def test_neurons_without_a_rate():
 
 def test_an_epoch_trains_with_rates_and_tests_with_spikes():
     head = Head(SpikingRectifiedLinear())
-    inputs, labels = told(6)
+    inputs, labels = showing_labels(6)
     epoch(head, [(inputs, labels)], train_mode="rate")
     evaluate(head, [(inputs, labels)], torch.arange(6))
     assert head.seen == [RectifiedLinear(), SpikingRectifiedLinear()]
@@ -104,7 +104,7 @@ def test_sequence_loss_by_hand():
 @pytest.mark.parametrize("loss", ["last", "every"])
 def test_epochs_lower_the_loss(loss):
     head = Head()
-    inputs, labels = told(30)
+    inputs, labels = showing_labels(30)
     batches = [(inputs[:, part], labels[part]) for part in minibatches(30, 8, 1, 0)]
     results = [epoch(head, batches, learning_rate=0.5, loss=loss) for _ in range(6)]
     losses = [result["train_loss"] for result in results]
@@ -113,9 +113,9 @@ def test_epochs_lower_the_loss(loss):
 
 
 def test_figures_of_an_epoch_are_those_of_its_clips():
-    """Also of a last minibatch that is smaller; with no step taken, they are those of the whole set."""
+    """A smaller last minibatch counts by its clips. With learning rate 0 the figures are those of the whole set."""
     head = Head()
-    inputs, labels = told(10)
+    inputs, labels = showing_labels(10)
     batches = [(inputs[:, part], labels[part]) for part in minibatches(10, 4, 1, None)]
     found = epoch(head, batches, learning_rate=0.0)
     logits = head(inputs)
@@ -125,7 +125,7 @@ def test_figures_of_an_epoch_are_those_of_its_clips():
 
 def test_an_epoch_that_is_stopped():
     head = Head(LIF())
-    inputs, labels = told(4)
+    inputs, labels = showing_labels(4)
     asked = iter([False, True])
     assert epoch(head, [(inputs, labels)] * 3, should_stop=lambda: next(asked), train_mode="rate") is None
     assert head.seen == [LIFRate()] and head.neuron == LIF()
@@ -133,14 +133,14 @@ def test_an_epoch_that_is_stopped():
 
 def test_a_loss_that_is_not_finite():
     head = Head(LIF())
-    inputs, labels = told(4)
+    inputs, labels = showing_labels(4)
     with pytest.raises(UserError, match="epoch 1/2: the loss became nan; take a smaller learning_rate") as caught:
         epoch(head, [(inputs * math.nan, labels)], train_mode="rate")
     assert "\n" not in str(caught.value) and head.neuron == LIF()
 
 
 def test_lmu_learns_the_delayed_recall():
-    """Of the benchmark's task: its clips are what it says, and a head's loss on it falls."""
+    """The clips of benchmarks/memory_task.py are as documented, and a head's loss on them falls."""
     inputs, labels = delayed_recall(64, seed=1)
     assert inputs.shape == (STEPS, 64, SYMBOLS) and torch.equal(inputs, delayed_recall(64, 1)[0])
     assert torch.equal(inputs[:SHOWN], F.one_hot(labels, SYMBOLS).float().expand(SHOWN, -1, -1))
@@ -181,7 +181,7 @@ def test_accuracies_by_hand():
 
 
 def test_video_accuracy_is_not_clip_accuracy():
-    """One clip that is sure outweighs two that are not: probabilities are averaged, not votes counted."""
+    """One confident clip outweighs two unsure ones: probabilities are averaged, votes are not counted."""
     logits = torch.tensor([[[3.0, 0], [0, 0.2], [0, 0.2]]])
     found = evaluate(nn.Identity(), [(logits, torch.zeros(3, dtype=torch.int64))], torch.tensor([7, 7, 7]))
     assert found["last_step"] == pytest.approx(100 / 3) and found["video"] == 100
@@ -196,7 +196,7 @@ def test_probabilities_are_averaged_not_logits():
 
 def test_a_test_pass_keeps_no_graph():
     head = Head()
-    inputs, labels = told(4)
+    inputs, labels = showing_labels(4)
 
     def network(inputs):
         assert not torch.is_grad_enabled()

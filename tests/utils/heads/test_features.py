@@ -38,7 +38,7 @@ class Colours(nn.Module):
         for value in self.parameters():
             nn.init.normal_(value, generator=generator)
         self.fails_at = fails_at
-        self.frames: list[int] = []  # of each batch
+        self.frames: list[int] = []  # number of frames of each batch
 
     def forward(self, frames):
         if len(self.frames) + 1 == self.fails_at:
@@ -54,7 +54,7 @@ def no_waiting(monkeypatch):
 
 @pytest.fixture
 def folder(tiny_demo, tmp_path) -> Path:
-    """Videos of one's own, to be changed."""
+    """A folder with copies of some videos, which a test may change."""
     own = tmp_path / "videos" / "class"
     own.mkdir(parents=True)
     for video in sorted(Path(tiny_demo[0]).glob("*/*.avi"))[: 2 * VIDEOS : 2]:
@@ -241,10 +241,8 @@ def test_labels_alone_are_written_again(folder, videos, monkeypatch):
     no_decoding(monkeypatch)
     labels = folder / "cache" / "labels.npy"
     content = labels.read_bytes()
-    for spoil, message in ((flip_a_bit("labels.npy"), "not the labels"), (lambda _: labels.unlink(), "no such file")):
+    for spoil in (flip_a_bit("labels.npy"), lambda _: labels.unlink()):
         spoil(folder)
-        with pytest.raises(UserError, match=f"labels.npy.*{message}"):
-            features(folder, videos, may_build=False)
         features(folder, videos)
         assert labels.read_bytes() == content
 
@@ -280,10 +278,10 @@ def test_a_full_disk_in_one_line(folder, videos, monkeypatch):
     assert not list((folder / "cache").iterdir())
     with monkeypatch.context() as patched:
         patched.setattr(utils.heads.features, "write_atomically", full)
-        with pytest.raises(UserError, match=r"features.npy: cannot be read or built \(No space left on device\)"):
+        with pytest.raises(UserError, match=r"features.npy: cannot be read or written \(No space left on device\)"):
             features(folder, videos)
     (folder / "file").write_text("")
-    with pytest.raises(UserError, match="cannot be read or built"):
+    with pytest.raises(UserError, match="cannot be read or written"):
         features(folder / "file", videos)
 
 
