@@ -2,8 +2,8 @@
 
     python -m tests.helpers.compile_kernels 3 15
 
-A line of JSON for each launch: kernel, registers a thread, bytes spilled to memory. Launches are
-stopped after compilation: nothing is computed.
+A line of JSON for each launch: the kernel and its `resources`. Launches are stopped after compilation: nothing is
+computed.
 """
 
 import json
@@ -19,7 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from dataset import residual_kernel
-from models.kernels import operators, packing
+from models.kernels import geglu, operators, packing
 from models.kernels.parameters import LIFParameters
 
 TARGET = GPUTarget("cuda", 90, 32)
@@ -49,7 +49,8 @@ def compile_only() -> list[dict]:
 
     def compiling(self, *args, grid, warmup, **kwargs):
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
-        compiled.append({"kernel": self.__name__, **resources(kernel.asm["cubin"]), "ptx": kernel.asm["ptx"]})
+        about = {"kernel": self.__name__, "fires": kwargs.get("FIRE", True)}
+        compiled.append({**about, **resources(kernel.asm["cubin"]), "ptx": kernel.asm["ptx"]})
         return kernel
 
     JITFunction.run = compiling
@@ -57,8 +58,8 @@ def compile_only() -> list[dict]:
 
 
 def resources(cubin: bytes) -> dict:
-    """Registers a thread, bytes spilled to memory, and instructions of the machine's code: of the whole kernel and of
-    its longest loop (0: it has none)."""
+    """Registers a thread, bytes spilled to memory, instructions of the machine's code (of the whole kernel, and of
+    its longest loop; 0: it has none), and loads of 16 bytes before the first store."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -68,16 +69,14 @@ def resources(cubin: bytes) -> dict:
         )
     at = [int(number, 16) for number in re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?!NOP)", code, re.M)]
     jumps = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/.*BRA.*?0x([0-9a-f]+)", code, re.M)
-    loops = [
-        sum(int(to, 16) <= number <= int(here, 16) for number in at)
-        for here, to in jumps
-        if int(to, 16) < int(here, 16)
-    ]
+    jumps = [(int(to, 16), int(here, 16)) for here, to in jumps]
+    loops = [sum(to <= number <= here for number in at) for to, here in jumps if to < here]
     return {
         "registers": int(re.search(r"REG:(\d+)", used)[1]),
         "spilled_bytes": int(re.search(r"STACK:(\d+)", used)[1]),
         "instructions": len(at),
         "in_loop": max(loops, default=0),
+        "wide_loads_first": code.partition(" STG.")[0].count("LDG.E.128"),
     }
 
 
@@ -113,6 +112,8 @@ def launch_others(dtype: torch.dtype) -> None:
     packed = torch.zeros(spikes.numel() // 8, dtype=torch.uint8)
     packing._pack_kernel[(1,)](spikes, packed, spikes.numel(), BYTES=512, num_warps=4)
     packing._unpack_kernel[(1,)](packed, spikes, spikes.numel(), BYTES=512, num_warps=4)
+    geglu._geglu(torch.zeros(8, 128, dtype=dtype))
+    geglu._geglu_backward(torch.zeros(8, 128, dtype=dtype), torch.zeros(8, 64, dtype=dtype))
     residual_kernel.split(torch.zeros(1, 2, 4, 8, 8, 3, dtype=torch.uint8), (1.0, 2.0, 3.0), (0.1, 0.2, 0.3), dtype)
     row, weight = torch.ones(3, 64), torch.ones(64)
     layer, v = (spikes, row, row, weight, weight), torch.zeros(spikes.shape[1:])
