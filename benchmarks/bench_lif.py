@@ -5,14 +5,16 @@
 
 Three layers: LIF alone; batch norm + LIF; batch norm + residual + LIF (the sum is kept, as a block's input
 is). All implementations take turns in this process on the same tensors, channels-last; figures are medians,
-ratios are medians of the ratio of each round. `share` is of the bandwidth of a measured copy (read plus
-write), on the bytes that the layer must move: see PASSES. Memory is the most that forward and backward hold
-beyond their inputs, on a GPU.
+ratios are medians of the ratio of each round. `share` is of the bandwidth of a measured copy of random numbers (read
+plus write), on the bytes that the layer must move: see PASSES. Memory is the most that forward and backward hold
+beyond their inputs, on a GPU. An implementation that fails is listed with its error and left out; the exit status is
+then 1.
 """
 
 import argparse
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable
 
@@ -45,7 +47,7 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def main() -> None:
+def main() -> int:
     args = parse_args()
     device = torch.device(args.device)
     on_gpu = device.type == "cuda"
@@ -57,13 +59,19 @@ def main() -> None:
     elements = torch.Size(shape).numel()
     print(
         f"{describe(device)}; torch {torch.__version__}; {shape} {str(dtype).removeprefix('torch.')}; "
-        f"copy {copy_bandwidth / 1e9:.0f} GB/s; medians of {args.rounds} rounds"
+        f"copy {copy_bandwidth / 1e9:.0f} GB/s; medians of {args.rounds} rounds; "
+        f"batch norm of the other builds: {batch_norm_backend(shape, dtype, device)}"
     )
-    figures = []
+    figures, failures = [], []
     for layer in LAYERS:
         bench = LayerBench(shape, dtype, device, residual="residual" in layer)
         builds = implementations(layer, shape[2], device, dtype, args.compile)
-        times = bench.time(builds, args.rounds)
+        times, failed = bench.time(builds, args.rounds)
+        for name, error in failed.items():
+            print(f"{layer:28s} {name:28s} failed: {error}")
+            failures.append({"layer": layer, "build": name, "error": error})
+        if not times:
+            continue
         ours = next(iter(times))  # each other is compared with it
         for name, rounds in times.items():
             forward, backward = (statistics.median(seconds[part] for seconds in rounds) for part in (0, 1))
@@ -87,7 +95,9 @@ def main() -> None:
         with open(args.json, "w") as file:
             settings = {**vars(args), "shape": shape, "dtype": str(dtype)}
             about = {"settings": settings, "machine": describe(device), "torch": torch.__version__}
-            json.dump({**about, "copy_bytes_per_second": copy_bandwidth, "figures": figures}, file, indent=2)
+            measured = {"copy_bytes_per_second": copy_bandwidth, "figures": figures, "failures": failures}
+            json.dump({**about, **measured}, file, indent=2)
+    return 1 if failures else 0
 
 
 # ---- what is compared
@@ -98,7 +108,7 @@ def implementations(layer: str, channels: int, device: torch.device, dtype: torc
     p = LIFParameters()
     fires: dict[str, Callable[[Tensor], Tensor]] = {}
     if device.type == "cuda" and why_not_on("cuda") is None:
-        fires["ours, triton"] = lambda x: lif(x, p, backend="triton")[0]
+        fires["ours, triton"] = lambda x: lif(x, p, backend="triton", keep_v=False)[0]
     fires["ours, reference"] = lambda x: lif_reference(x, p)[0]
     fires["SpikingJelly"] = spikingjelly_lif(p, None)
     if device.type == "cuda" and dtype != torch.float32:
@@ -119,7 +129,7 @@ def implementations(layer: str, channels: int, device: torch.device, dtype: torc
 
     def after_batch_norm(fire: Callable[[Tensor], Tensor]) -> Layer:
         def run(x: Tensor, residual: Tensor | None) -> tuple[Tensor | None, Tensor]:
-            total = norm.normalise(x)  # cuDNN's on a GPU, a call a step
+            total = norm.normalise(x)  # PyTorch's, a call a step
             total = total if residual is None else total + residual
             return total if keep_sum else None, fire(total)
 
@@ -140,12 +150,13 @@ def implementations(layer: str, channels: int, device: torch.device, dtype: torc
 
 def spikingjelly_lif(p: LIFParameters, storage: str | None) -> Callable[[Tensor], Tensor]:
     """Its multi-step LIF; on a GPU its Triton kernels. storage: the type it keeps membranes in, None: float32."""
-    from spikingjelly.activation_based import functional, surrogate
-
-    arctangent = surrogate.ATan(alpha=p.alpha)
     precision = {} if storage is None else {"neuron_storage": storage}
 
     def run(x: Tensor) -> Tensor:
+        # Here, so that without the package the other implementations are still measured.
+        from spikingjelly.activation_based import functional, surrogate
+
+        arctangent = surrogate.ATan(alpha=p.alpha)
         v = torch.zeros(x.shape[1:], dtype=torch.float32, device=x.device)
         neuron = dict(tau=p.tau, decay_input=True, v_threshold=p.v_threshold, v_reset=p.v_reset)
         if storage is not None:
@@ -196,14 +207,22 @@ class LayerBench:
         event.record()
         return event
 
-    def time(self, builds: dict[str, Layer], rounds: int) -> dict[str, list[tuple[float, float]]]:
-        times = {name: [] for name in builds}
+    def time(
+        self, builds: dict[str, Layer], rounds: int
+    ) -> tuple[dict[str, list[tuple[float, float]]], dict[str, str]]:
+        """(seconds forward and backward in each round, the first line of the error of each build that failed)"""
+        times, failed = {name: [] for name in builds}, {}
         for number in range(rounds + 2):
-            for name, build in builds.items():
-                seconds = self._forward_backward(build)
+            for name in list(times):
+                try:
+                    seconds = self._forward_backward(builds[name])
+                except Exception as error:  # a compiler or another project's kernel: any type
+                    failed[name] = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+                    del times[name]
+                    continue
                 if number >= 2:
                     times[name].append(seconds)
-        return times
+        return times, failed
 
     def peak_memory_mib(self, build: Layer) -> float | None:
         if self._device.type != "cuda":
@@ -215,8 +234,9 @@ class LayerBench:
 
 
 def measured_copy(shape: list[int], dtype: torch.dtype, device: torch.device, rounds: int) -> float:
-    """Bytes a second of a tensor copied, read and written both counted."""
-    source = torch.zeros(shape, dtype=dtype, device=device)
+    """Bytes a second of a tensor copied, read and written both counted. Of random numbers: some GPUs move zeros in
+    less time."""
+    source = torch.randn(shape, device=device).to(dtype)
     target = torch.empty_like(source)
     seconds = []
     for number in range(rounds + 2):
@@ -236,5 +256,12 @@ def measured_copy(shape: list[int], dtype: torch.dtype, device: torch.device, ro
     return 2 * source.numel() * dtype.itemsize / statistics.median(seconds)
 
 
+def batch_norm_backend(shape: list[int], dtype: torch.dtype, device: torch.device) -> str:
+    """Whose batch norm PyTorch takes for one step: its own ("Native") or cuDNN's."""
+    step = torch.empty(shape[1:], dtype=dtype, device=device).to(memory_format=torch.channels_last)
+    one = torch.ones(shape[2], device=device)
+    return torch._C._select_batch_norm_backend(step, one, one, one, one, True, 1e-5).name
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -6,6 +6,7 @@ the SNN, keep statistics for each step.
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.kernels import operators
@@ -33,41 +34,48 @@ class StepBatchNorm2d(nn.BatchNorm2d):
         self.backend = backend
 
     def forward(
-        self, x: Tensor, residual: Tensor | None = None, neuron: LIF | None = None, spikes_only: bool = False
+        self,
+        x: Tensor,
+        residual: Tensor | None = None,
+        neuron: LIF | None = None,
+        spikes_only: bool = False,
+        pool: bool = False,
     ) -> tuple[Tensor | None, Tensor | None]:
         """(normalised x + residual, the spikes of `neuron` for that sum), both [S, N, C, H, W].
 
         residual: added after normalisation; None adds nothing.
         neuron: the neurons that take the sum; without them the spikes are None.
         spikes_only: return None for the sum, which then need not be written.
+        pool: return the sum averaged over 2x2 pixels, [S, N, C, H/2, W/2]. The neurons take it as it is.
         """
         if runs_on_triton(self.backend, x):
-            return self._fused(x, residual, neuron, spikes_only)
+            return self._fused(x, residual, neuron, spikes_only, pool)
         total = self.normalise(x)
         if residual is not None:
             total = total + residual.to(total.dtype)
         spikes = None if neuron is None else neuron(total)
-        return None if spikes_only else total, spikes
+        return _sum(total, spikes_only, pool), spikes
 
     def normalise(self, x: Tensor) -> Tensor:
         if self.training and self.mode == "per-step":
             return torch.stack([super(StepBatchNorm2d, self).forward(step) for step in x])
         return super().forward(x.flatten(0, 1)).unflatten(0, x.shape[:2])
 
-    def _fused(self, x: Tensor, residual: Tensor | None, neuron: LIF | None, spikes_only: bool):
+    def _fused(self, x: Tensor, residual: Tensor | None, neuron: LIF | None, spikes_only: bool, pool: bool):
         # The kernel knows the equations of LIF itself. A subclass has its own: it runs behind the kernel.
         fires_here = type(neuron) is LIF and x.shape[0] <= MAX_STEPS
         parameters = neuron.parameters_ if fires_here else LIFParameters()
         keep_sum = not spikes_only or not fires_here or residual is not None  # the backward pass reads such a sum
+        pools_here = pool and residual is None and (fires_here or neuron is None)
         mean, inverse_deviation, count = self._statistics(x)
         total, spikes, _ = operators.batch_norm(
             x, mean, inverse_deviation, self.weight, self.bias, residual, None, count,
-            self.training, keep_sum, fires_here, False, *parameters.as_arguments(),
+            self.training, keep_sum, fires_here, False, pools_here, *parameters.as_arguments(),
         )  # fmt: skip
         if neuron is None:
-            return total, None
+            return _sum(total, spikes_only, pool and not pools_here), None
         spikes = neuron.counted(spikes) if fires_here else neuron(total)
-        return None if spikes_only else total, spikes
+        return _sum(total, spikes_only, pool and not pools_here), spikes
 
     @torch.no_grad()
     def _statistics(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -82,13 +90,20 @@ class StepBatchNorm2d(nn.BatchNorm2d):
         values = x.numel() // max(1, x.shape[0] * x.shape[2])
         if values < 2:
             raise ValueError(f"batch norm in training needs more than 1 value per channel, got {list(x.shape)}")
-        mean, variance, count = self.over_processes(*operators.moments(x), values)
-        update_running(self, mean, variance, values if count is None else count)
+        mean, variance, count = self.moments(x, values)
         return mean, torch.rsqrt(variance + self.eps), count
 
-    def over_processes(self, mean: Tensor, variance: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor | None]:
-        """(mean, biased variance, count) of all processes from this process's; count None: there are no others."""
-        return mean, variance, None
+    def moments(self, x: Tensor, values: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(mean, biased variance [S or 1, C], count) of x [S or 1, N, C, H, W] with `values` values a channel, as
+        `_statistics`. Updates the running statistics."""
+        running = self.running_mean, self.running_var, self.num_batches_tracked, self.momentum
+        return *operators.moments(x, *running), None
+
+
+def _sum(total: Tensor, spikes_only: bool, pool: bool) -> Tensor | None:
+    if spikes_only:
+        return None
+    return F.avg_pool2d(total.flatten(0, 1), 2).unflatten(0, total.shape[:2]) if pool else total
 
 
 def update_running(norm: nn.BatchNorm2d, mean: Tensor, variance: Tensor, count: int | Tensor) -> None:
@@ -140,11 +155,13 @@ class SyncStepBatchNorm2d(StepBatchNorm2d):
             return _synchronised(x.flatten(0, 1).unsqueeze(0), self).squeeze(0).unflatten(0, x.shape[:2])
         return _synchronised(x, self)
 
-    def over_processes(self, mean: Tensor, variance: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    def moments(self, x: Tensor, values: int) -> tuple[Tensor, Tensor, Tensor | None]:
         """No gradient passes here: `models.kernels.operators.batch_norm` computes it."""
         if not dist.is_initialized():
-            return mean, variance, None
-        all_means, all_variances, total = _over_processes(mean, variance, count)
+            return super().moments(x, values)
+        mean, variance = operators.moments(x)
+        all_means, all_variances, total = _over_processes(mean, variance, values)
+        update_running(self, all_means, all_variances, total)
         return all_means.to(mean.dtype), all_variances.to(mean.dtype), total
 
 

@@ -101,7 +101,8 @@ class ReSpike(nn.Module):
             ann = self.ann.stem(key.flatten(0, 1))  # [B*K, 64, H/4, W/4]
         if self.snn is not None:
             residual = residual.movedim(2, 0).flatten(1, 2)  # [S, B*K, 3, H, W]
-            snn, spikes = self.snn.stem(residual, self._neuron_after(0))  # [S, B*K, 64, H/2, W/2] both
+            snn, spikes = self.snn.stem(residual, self._neuron_after(0))
+            # snn [S, B*K, 64, H/4, W/4], pooled for the first shortcut; spikes [S, B*K, 64, H/2, W/2]
 
         for stage, fusion in enumerate(self.fusions):
             if ann is not None:

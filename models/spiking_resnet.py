@@ -58,6 +58,7 @@ class SpikingBlock(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """(input of the next block, spikes of `next_neuron` for it).
 
+        x: [S, N, C_in, H, W]. With `spikes` it may come averaged over 2x2 pixels, if the shape changes here.
         spikes: those of lif1 for x, if the batch norm that made x has fired them already; None: lif1 runs here.
         next_neuron: the neurons that take the result. The last batch norm then fires them in the same pass.
         """
@@ -67,8 +68,9 @@ class SpikingBlock(nn.Module):
         out = self._convolve(self.conv2, spikes)
         if self.shortcut_conv is None:
             return self.bn2(out, x, next_neuron)
-        shortcut = F.avg_pool2d(x.flatten(0, 1), self.stride).unflatten(0, x.shape[:2])
-        shortcut, _ = self.shortcut_bn(fold_steps(self.shortcut_conv, shortcut))
+        if x.shape[3:] != out.shape[3:]:
+            x = F.avg_pool2d(x.flatten(0, 1), self.stride).unflatten(0, x.shape[:2])
+        shortcut, _ = self.shortcut_bn(fold_steps(self.shortcut_conv, x))
         return self.bn2(out, shortcut, next_neuron)
 
 
@@ -85,23 +87,26 @@ class SpikingStage(nn.Sequential):
 
 
 class SpikingStem(nn.Module):
-    """3x3 stride-2 convolution and BN: [S, N, 3, H, W] -> [S, N, C, H/2, W/2]."""
+    """3x3 stride-2 convolution and BN: [S, N, 3, H, W] -> [S, N, C, H/2, W/2].
+
+    Behind it come the neurons, at this size, and the average pool of the first block's shortcut. So the currents are
+    returned pooled, [S, N, C, H/4, W/4], and the spikes are not.
+    """
 
     def __init__(self, channels: int, norm: Callable[[int], StepBatchNorm2d]):
         super().__init__()
         self.conv = nn.Conv2d(3, channels, 3, stride=2, padding=1, bias=False)
         self.bn = norm(channels)
 
-    def forward(self, residual: Tensor, next_neuron: LIF | None = None) -> tuple[Tensor, Tensor | None]:
-        return self.bn(fold_steps(self.conv, residual), neuron=next_neuron)
+    def forward(self, residual: Tensor, next_neuron: LIF) -> tuple[Tensor, Tensor]:
+        return self.bn(fold_steps(self.conv, residual), neuron=next_neuron, pool=True)
 
 
 class SpikingResNetStages(nn.Module):
     """Stem and four stages of two blocks; each halves height and width.
 
-    stem: residual frames [S, N, 3, H, W] -> [S, N, 64, H/2, W/2] (real-valued currents).
-    stages[i]: -> [S, N, channels[i], H/4/2^i, W/4/2^i].
-    Both return the currents and, if the neurons that take them are given, the spikes of these neurons.
+    stem: residual frames [S, N, 3, H, W] -> currents [S, N, 64, H/4, W/4], spikes [S, N, 64, H/2, W/2].
+    stages[i]: -> currents and, if the neurons that take them are given, spikes [S, N, channels[i], H/4/2^i, W/4/2^i].
 
     neuron: makes a layer of neurons.
     norm: makes a batch norm of so many channels.

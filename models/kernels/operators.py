@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 from models.kernels import triton_batch_norm, triton_lif
-from models.kernels.layout import channels_known, laid_out_as, steps_outermost
+from models.kernels.layout import channels_known, is_channels_last, laid_out_as, steps_outermost
 from models.kernels.parameters import LIFParameters, membrane_dtype
 
 # ---- the LIF layer
@@ -82,15 +82,23 @@ lif.register_autograd(_lif_gradient, setup_context=_lif_context)
 # ---- batch norm, with a residual and a LIF layer behind it
 
 
-@custom_op("respike::moments", mutates_args=())
-def moments(x: Tensor) -> tuple[Tensor, Tensor]:
+@custom_op("respike::moments", mutates_args=("running_mean", "running_var", "batches"))
+def moments(
+    x: Tensor, running_mean: Tensor | None = None, running_var: Tensor | None = None, batches: Tensor | None = None,
+    momentum: float = 0.0,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Mean and biased variance [S, C] of each step and channel of x [S, N, C, ...], in float32 (or float64).
-    Not differentiable: `batch_norm` takes their part in the gradient into account."""
-    return triton_batch_norm.launch_moments(channels_known(x), membrane_dtype(x.dtype))
+    Not differentiable: `batch_norm` takes their part in the gradient into account.
+
+    running_mean, running_var [C]: updated once a step, in turn, with `momentum`; batches []: S is added.
+    """
+    return triton_batch_norm.launch_moments(
+        channels_known(x), membrane_dtype(x.dtype), running_mean, running_var, batches, momentum
+    )
 
 
 @moments.register_fake
-def _(x):
+def _(x, running_mean=None, running_var=None, batches=None, momentum=0.0):
     mean = x.new_empty(x.shape[0], x.shape[2], dtype=membrane_dtype(x.dtype))
     return mean, torch.empty_like(mean)
 
@@ -98,7 +106,7 @@ def _(x):
 @custom_op("respike::batch_norm", mutates_args=())
 def batch_norm(
     x: Tensor, mean: Tensor, inverse_deviation: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None,
-    v0: Tensor | None, count: Tensor | None, of_batch: bool, keep_sum: bool, fire: bool, keep_v: bool,
+    v0: Tensor | None, count: Tensor | None, of_batch: bool, keep_sum: bool, fire: bool, keep_v: bool, pool: bool,
     tau: float, v_threshold: float, v_reset: float | None, surrogate: str, alpha: float, detach_reset: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(sum, spikes, membrane after the last step) of x [S, N, C, ...]:
@@ -108,33 +116,34 @@ def batch_norm(
     mean, inverse_deviation [S or 1, C]: of each step, or of all. of_batch: they are x's own, so that the
     gradient goes through them too; count: the float64 number of rows they are of, over all processes of
     the default group, whose batch they then are; None: this process's. keep_sum, fire, keep_v: which of the
-    outputs are wanted; S is at most 32 where `fire`. Raises ValueError for a residual before neurons without
-    `keep_sum`: the backward pass reads the sum.
+    outputs are wanted; S is at most 32 where `fire`. pool: the sum is averaged over 2x2 pixels, for x [S, N, C, H, W]
+    with H and W even; the neurons take it as it is. Raises ValueError for a residual before neurons without
+    `keep_sum` or with `pool`: the backward pass reads the sum.
     """
-    if residual is not None and fire and not keep_sum:
-        raise ValueError("neurons behind a residual need keep_sum: the backward pass reads the sum")
+    if residual is not None and (pool or (fire and not keep_sum)):
+        raise ValueError("neurons behind a residual need keep_sum, and not pool: the backward pass reads the sum")
     x = channels_known(x)
-    total, spikes, v_end = _like_batch_norm(x, keep_sum, fire, keep_v)
+    total, spikes, v_end = _like_batch_norm(x, keep_sum, fire, keep_v, pool)
     if x.numel():
         p = LIFParameters(tau, v_threshold, v_reset, surrogate, alpha, detach_reset)
         triton_batch_norm.launch_forward(
-            x, mean.contiguous(), _scale(inverse_deviation, weight), bias,
+            x, mean.contiguous(), inverse_deviation.contiguous(), weight, bias,
             None if residual is None else laid_out_as(residual, x), _state(v0, x),
-            total if keep_sum else None, spikes if fire else None, v_end if fire and keep_v else None, p,
+            total if keep_sum else None, spikes if fire else None, v_end if fire and keep_v else None, pool, p,
         )  # fmt: skip
     return total, spikes, v_end
 
 
 @batch_norm.register_fake
-def _(x, mean, inverse_deviation, weight, bias, residual, v0, count, of_batch, keep_sum, fire, keep_v, *neuron):
-    return _like_batch_norm(channels_known(x), keep_sum, fire, keep_v)
+def _(x, mean, inverse_deviation, weight, bias, residual, v0, count, of_batch, keep_sum, fire, keep_v, pool, *neuron):
+    return _like_batch_norm(channels_known(x), keep_sum, fire, keep_v, pool)
 
 
 @custom_op("respike::batch_norm_backward_sums", mutates_args=())
 def batch_norm_backward_sums(
     x: Tensor, mean: Tensor, inverse_deviation: Tensor, weight: Tensor, bias: Tensor, total: Tensor | None,
     v0: Tensor | None, grad_total: Tensor | None, grad_spikes: Tensor | None, grad_v_end: Tensor | None,
-    needs_v0: bool, fire: bool,
+    needs_v0: bool, fire: bool, pool: bool,
     tau: float, v_threshold: float, v_reset: float | None, surrogate: str, alpha: float, detach_reset: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(sums over rows of dy and of dy (x - mean) [S, 2, C], dy, gradient of v0), dy being the gradient of
@@ -144,9 +153,9 @@ def batch_norm_backward_sums(
     if x.numel():
         p = LIFParameters(tau, v_threshold, v_reset, surrogate, alpha, detach_reset)
         sums = triton_batch_norm.launch_backward_sums(
-            x, mean.contiguous(), _scale(inverse_deviation, weight), bias, total, _state(v0, x),
-            _alike(grad_total, x), _alike(grad_spikes, x), _state(grad_v_end, x),
-            grad_y if total is not None else None, grad_v0 if needs_v0 else None, fire, p,
+            x, mean.contiguous(), inverse_deviation.contiguous(), weight, bias, total, _state(v0, x),
+            _of_sum(grad_total, x, pool), _alike(grad_spikes, x), _state(grad_v_end, x),
+            grad_y if total is not None else None, grad_v0 if needs_v0 else None, fire, pool, p,
         )  # fmt: skip
     return sums, grad_y, grad_v0
 
@@ -160,7 +169,7 @@ def _(x, mean, inverse_deviation, weight, bias, total, v0, grad_total, grad_spik
 def batch_norm_backward_input(
     x: Tensor, mean: Tensor, inverse_deviation: Tensor, weight: Tensor, bias: Tensor, v0: Tensor | None,
     grad_total: Tensor | None, grad_spikes: Tensor | None, grad_v_end: Tensor | None,
-    centred_factor: Tensor, offset: Tensor, fire: bool,
+    centred_factor: Tensor, offset: Tensor, fire: bool, pool: bool,
     tau: float, v_threshold: float, v_reset: float | None, surrogate: str, alpha: float, detach_reset: bool,
 ) -> Tensor:  # fmt: skip
     """inverse_deviation weight dy + centred_factor (x - mean) + offset, shaped as x."""
@@ -169,9 +178,9 @@ def batch_norm_backward_input(
     if x.numel():
         p = LIFParameters(tau, v_threshold, v_reset, surrogate, alpha, detach_reset)
         triton_batch_norm.launch_backward_input(
-            x, mean.contiguous(), _scale(inverse_deviation, weight), bias, _state(v0, x),
-            _alike(grad_total, x), _alike(grad_spikes, x), _state(grad_v_end, x),
-            centred_factor.contiguous(), offset.contiguous(), grad_x, fire, p,
+            x, mean.contiguous(), inverse_deviation.contiguous(), weight, bias, _state(v0, x),
+            _of_sum(grad_total, x, pool), _alike(grad_spikes, x), _state(grad_v_end, x),
+            centred_factor.contiguous(), offset.contiguous(), grad_x, fire, pool, p,
         )  # fmt: skip
     return grad_x
 
@@ -183,9 +192,9 @@ def _(x, *more):
 
 def _batch_norm_context(ctx, inputs, output) -> None:
     x, mean, inverse_deviation, weight, bias, residual, v0, count = inputs[:8]
-    ctx.of_batch, ctx.keep_sum, ctx.fire, ctx.keep_v, *ctx.neuron = inputs[8:]
-    # What the neuron saw: kept by the caller anyway where it was asked for, else computed again from x.
-    total = output[0] if ctx.keep_sum and ctx.fire else None
+    ctx.of_batch, ctx.keep_sum, ctx.fire, ctx.keep_v, ctx.pool, *ctx.neuron = inputs[8:]
+    # What the neuron saw: the caller keeps the sum anyway if it asked for it, else it is computed again from x.
+    total = output[0] if ctx.keep_sum and ctx.fire and not ctx.pool else None
     ctx.residual_dtype = None if residual is None else residual.dtype
     ctx.save_for_backward(x, mean, inverse_deviation, weight, bias, v0, count, total)
     ctx.set_materialize_grads(False)
@@ -199,12 +208,12 @@ def _batch_norm_gradient(ctx, grad_total, grad_spikes, grad_v_end):
         grad_v_end = None
     fire = ctx.fire and (grad_spikes is not None or grad_v_end is not None)
     if grad_total is None and not fire:
-        return (None,) * (12 + len(ctx.neuron))
+        return (None,) * (13 + len(ctx.neuron))
     total = total if fire else None
     needs_v0 = fire and v0 is not None and ctx.needs_input_grad[6]
     through = (grad_total, grad_spikes, grad_v_end) if fire else (grad_total, None, None)
     layer = (x, mean, inverse_deviation, weight, bias)
-    sums, grad_y, grad_v0 = batch_norm_backward_sums(*layer, total, v0, *through, needs_v0, fire, *ctx.neuron)
+    sums, grad_y, grad_v0 = batch_norm_backward_sums(*layer, total, v0, *through, needs_v0, fire, ctx.pool, *ctx.neuron)
     if not fire:
         grad_y = grad_total
     if total is not None or not fire:  # dy lies in memory: what remains is a plain batch norm
@@ -220,17 +229,17 @@ def _batch_norm_gradient(ctx, grad_total, grad_spikes, grad_v_end):
         else:
             rows = count.to(sums.dtype)
             sums = collectives.all_reduce(sums, "sum", dist.group.WORLD)
-        scale = _scale(inverse_deviation, weight)
-        offset = -scale * sums[:, 0] / rows
-        centred_factor = -scale * inverse_deviation.square() * sums[:, 1] / rows
+        scale = inverse_deviation * (weight / -rows)
+        offset = scale * sums[:, 0]
+        centred_factor = scale * inverse_deviation.square() * sums[:, 1]
     else:
         offset = centred_factor = torch.zeros_like(mean)
     grad_x = batch_norm_backward_input(
-        *layer, v0 if fire else None, *through, centred_factor, offset, fire, *ctx.neuron
+        *layer, v0 if fire else None, *through, centred_factor, offset, fire, ctx.pool, *ctx.neuron
     )
     grad_residual = None if ctx.residual_dtype is None else grad_y.to(ctx.residual_dtype)
     grad_v0 = grad_v0.to(v0.dtype) if needs_v0 else None
-    return grad_x, None, None, grad_weight, grad_bias, grad_residual, grad_v0, *(None,) * (5 + len(ctx.neuron))
+    return grad_x, None, None, grad_weight, grad_bias, grad_residual, grad_v0, *(None,) * (6 + len(ctx.neuron))
 
 
 batch_norm.register_autograd(_batch_norm_gradient, setup_context=_batch_norm_context)
@@ -247,8 +256,23 @@ def _alike(gradient: Tensor | None, x: Tensor) -> Tensor | None:
     return None if gradient is None else laid_out_as(gradient, x)
 
 
-def _scale(inverse_deviation: Tensor, weight: Tensor) -> Tensor:
-    return (inverse_deviation * weight.to(inverse_deviation.dtype)).contiguous()
+def _of_sum(gradient: Tensor | None, x: Tensor, pool: bool) -> Tensor | None:
+    """The gradient of the sum, laid out as the sum."""
+    if gradient is None or not pool:
+        return _alike(gradient, x)
+    if is_channels_last(x):
+        return gradient.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
+    return gradient.contiguous()
+
+
+def _pooled(x: Tensor) -> Tensor:
+    """Empty, one for every 2x2 pixels of x, laid out as x."""
+    if x.dim() != 5 or x.shape[3] % 2 or x.shape[4] % 2:
+        raise ValueError(f"pooling needs [S, N, C, H, W] with H and W even, got {list(x.shape)}")
+    steps, n, channels, height, width = x.shape
+    if is_channels_last(x):
+        return x.new_empty(steps, n, height // 2, width // 2, channels).permute(0, 1, 4, 2, 3)
+    return x.new_empty(steps, n, channels, height // 2, width // 2)
 
 
 def _like_lif(current: Tensor, keep_v: bool) -> tuple[Tensor, Tensor]:
@@ -263,10 +287,10 @@ def _like_lif_backward(current: Tensor, needs_v0: bool) -> tuple[Tensor, Tensor]
     return torch.empty_like(current), grad_v0
 
 
-def _like_batch_norm(x: Tensor, keep_sum: bool, fire: bool, keep_v: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _like_batch_norm(x: Tensor, keep_sum: bool, fire: bool, keep_v: bool, pool: bool) -> tuple[Tensor, Tensor, Tensor]:
     dtype = membrane_dtype(x.dtype)
     return (
-        torch.empty_like(x) if keep_sum else x.new_empty(0),
+        (_pooled(x) if pool else torch.empty_like(x)) if keep_sum else x.new_empty(0),
         torch.empty_like(x) if fire else x.new_empty(0),
         torch.empty_like(x[0], dtype=dtype) if fire and keep_v else x.new_empty(0, dtype=dtype),
     )

@@ -34,8 +34,10 @@ def surrogate_derivative(z: Tensor, surrogate: str, alpha: float) -> Tensor:
 @triton.jit
 def surrogate_derivative_triton(z, SURROGATE: tl.constexpr, ALPHA: tl.constexpr):
     if SURROGATE == "atan":
+        # By the square of 1 / sqrt(): one instruction on a GPU, and a division is eight.
         scaled = z * (1.5707963267948966 * ALPHA)
-        return (0.5 * ALPHA) / (scaled * scaled + 1.0)
+        root = tl.rsqrt(scaled * scaled + 1.0)
+        return (0.5 * ALPHA) * root * root
     elif SURROGATE == "sigmoid":
         # By exp of what is negative: it cannot overflow.
         decay = tl.exp(-ALPHA * tl.abs(z))

@@ -5,8 +5,9 @@ Tensors are [S, N, C, ...], contiguous or channels-last; each step has its own m
 one. A program takes a tile of rows (n and pixel) times channels through all steps. In bfloat16, a neuron
 and step costs, with the statistics' own pass over x:
 
-    batch norm + LIF              6 bytes forward, 10 backward
-    batch norm + residual + LIF   10 bytes forward, 16 backward
+    batch norm + LIF                     6 bytes forward, 10 backward
+    batch norm + residual + LIF          10 bytes forward, 16 backward
+    batch norm + LIF, sum averaged 2x2   6.5 bytes forward, 11 backward
 """
 
 import torch
@@ -22,38 +23,58 @@ from utils.triton_language import tl, triton
 
 @triton.jit
 def _tile(
-    first_row, rows, channels, inner, CHANNELS_LAST: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+    first_row, rows, channels, inner, width,
+    CHANNELS_LAST: tl.constexpr, POOL: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """(elements before each of a tile within a step, column numbers [1, COLUMNS], mask)."""
+    """(elements before each of a tile within a step, column numbers [1, COLUMNS], mask). With POOL four rows in
+    turn are the 2x2 pixels of a window."""
     row = first_row + tl.arange(0, ROWS)[:, None]
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    mask = (row < rows) & (column < channels)
+    if POOL:
+        window, part = row // 4, row % 4
+        line, place = window // (width // 2), window % (width // 2)
+        row = (2 * line + part // 2) * width + 2 * place + part % 2
+    return _place(row, column, channels, inner, CHANNELS_LAST), column, mask
+
+
+@triton.jit
+def _place(row, column, channels, inner, CHANNELS_LAST: tl.constexpr):
+    """Elements before those of a row (n and pixel, `inner` pixels an n) and column within a step."""
     if CHANNELS_LAST:
-        at = row * channels + column
+        return row * channels + column
     else:
-        at = (row // inner) * channels * inner + column.to(tl.int64) * inner + row % inner
-    return at, column, (row < rows) & (column < channels)
+        return (row // inner) * channels * inner + column.to(tl.int64) * inner + row % inner
 
 
 @triton.jit
 def _moments_kernel(
-    x_ptr, mean_ptr, square_ptr, rows, channels, inner, step_elements,
-    CHANNELS_LAST: tl.constexpr, TILES: tl.constexpr,
-    COMPUTE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    x_ptr, mean_ptr, square_ptr, rows, channels, inner, step_elements, tiles,
+    CHANNELS_LAST: tl.constexpr, COMPUTE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Mean, and sum of squared deviations from it, of TILES tiles of one step (Welford in every lane,
+    """Mean, and sum of squared deviations from it, of some tiles of one step (Welford in every lane,
     then Chan et al. over lanes): no cancellation however far the mean is from zero."""
     step = tl.program_id(2)
-    first = tl.program_id(0).to(tl.int64) * TILES * ROWS
+    first = tl.program_id(0).to(tl.int64) * tiles * ROWS
+    end = tl.minimum(first + tiles * ROWS, rows)
+    of_step = x_ptr + step.to(tl.int64) * step_elements
     mean = tl.zeros([ROWS, COLUMNS], COMPUTE)
     square = tl.zeros([ROWS, COLUMNS], COMPUTE)
     count = tl.zeros([ROWS, 1], COMPUTE)
-    for tile in range(TILES):
-        at, column, mask = _tile(first + tile * ROWS, rows, channels, inner, CHANNELS_LAST, ROWS, COLUMNS)
-        x = tl.load(x_ptr + step.to(tl.int64) * step_elements + at, mask, 0.0).to(COMPUTE)
-        away = tl.where(mask, x - mean, 0.0)
+    at, column, mask = _tile(first, end, channels, inner, 0, CHANNELS_LAST, False, ROWS, COLUMNS)
+    loaded = tl.load(of_step + at, mask, 0.0)
+    for tile in range(tiles):
+        x = loaded.to(COMPUTE)
+        here = mask
+        # The next tile is on its way while this one is counted.
+        at, column, mask = _tile(
+            first + (tile + 1) * ROWS, end, channels, inner, 0, CHANNELS_LAST, False, ROWS, COLUMNS
+        )  # fmt: skip
+        loaded = tl.load(of_step + at, mask, 0.0)
+        away = tl.where(here, x - mean, 0.0)
         count += (first + tile * ROWS + tl.arange(0, ROWS)[:, None] < rows).to(COMPUTE)
         mean += away * (1.0 / tl.maximum(count, 1.0))
-        square += tl.where(mask, away * (x - mean), 0.0)
+        square = tl.fma(away, x - mean, square)
     total = tl.sum(count, 0)  # [1]
     together = tl.sum(mean * count, 0) / total  # [COLUMNS]
     away = mean - together[None, :]
@@ -65,34 +86,122 @@ def _moments_kernel(
 
 
 @triton.jit
+def _statistics_kernel(
+    means_ptr, squares_ptr, mean_ptr, variance_ptr, running_mean_ptr, running_var_ptr, batches_ptr,
+    programs, steps, channels, rows, rows_each, momentum,
+    COMPUTE: tl.constexpr, PROGRAMS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """What the programs of the moments kernel found, `rows_each` rows each but the last, as mean and biased variance
+    of each step; and the running statistics, one update a step."""
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    is_channel = column < channels
+    if running_mean_ptr is not None:
+        running_mean = tl.load(running_mean_ptr + column, is_channel, 0.0).to(COMPUTE)
+        running_var = tl.load(running_var_ptr + column, is_channel, 0.0).to(COMPUTE)
+    for step in range(steps):
+        mean = tl.zeros([COLUMNS], COMPUTE)
+        for first in range(0, programs, PROGRAMS):
+            program, at, mask = _partials(first, programs, step, steps, column, channels, PROGRAMS)
+            share = _rows_of(program, rows, rows_each).to(COMPUTE)
+            mean += tl.sum(tl.load(means_ptr + at, mask, 0.0) * share, 0)
+        mean = mean / rows
+        square = tl.zeros([COLUMNS], COMPUTE)
+        for first in range(0, programs, PROGRAMS):
+            program, at, mask = _partials(first, programs, step, steps, column, channels, PROGRAMS)
+            share = _rows_of(program, rows, rows_each).to(COMPUTE)
+            away = tl.load(means_ptr + at, mask, 0.0) - mean[None, :]
+            square += tl.sum(tl.where(mask, tl.load(squares_ptr + at, mask, 0.0) + share * away * away, 0.0), 0)
+        variance = square / rows
+        tl.store(mean_ptr + step * channels + column, mean, is_channel)
+        tl.store(variance_ptr + step * channels + column, variance, is_channel)
+        if running_mean_ptr is not None:
+            running_mean += momentum * (mean - running_mean)
+            running_var += momentum * (square / (rows - 1) - running_var)
+    if running_mean_ptr is not None:
+        tl.store(running_mean_ptr + column, running_mean.to(running_mean_ptr.dtype.element_ty), is_channel)
+        tl.store(running_var_ptr + column, running_var.to(running_var_ptr.dtype.element_ty), is_channel)
+        if tl.program_id(0) == 0:
+            tl.store(batches_ptr, tl.load(batches_ptr) + steps)
+
+
+@triton.jit
+def _partials(first, programs, step, steps, column, channels, PROGRAMS: tl.constexpr):
+    """(program numbers [PROGRAMS, 1], elements before what they found of a step, mask)"""
+    program = first + tl.arange(0, PROGRAMS)[:, None]
+    at = (program * steps + step) * channels + column[None, :]
+    return program, at, (program < programs) & (column[None, :] < channels)
+
+
+@triton.jit
+def _rows_of(program, rows, rows_each):
+    return tl.minimum(rows_each, tl.maximum(rows - program * rows_each, 0))
+
+
+@triton.jit
+def _normalise(x, mean_ptr, inverse_ptr, weight, bias, column, is_channel, of_step):
+    """(x - mean) inverse weight + bias: the same operations wherever it is computed."""
+    mean = tl.load(mean_ptr + of_step + column, is_channel, 0.0)
+    scale = tl.load(inverse_ptr + of_step + column, is_channel, 0.0) * weight
+    return tl.fma(x - mean, scale, bias)
+
+
+@triton.jit
+def _load_if_any(ptr, at, mask):
+    """The mask stands in for what there is not: a tuple holds no None."""
+    if ptr is None:
+        return mask
+    else:
+        return tl.load(ptr + at, mask, 0.0)
+
+
+@triton.jit
 def _forward_kernel(
-    x_ptr, mean_ptr, scale_ptr, bias_ptr, residual_ptr, v0_ptr, sum_ptr, spike_ptr, v_end_ptr,
-    rows, channels, inner, step_elements, statistics_step,
-    CHANNELS_LAST: tl.constexpr, FIRE: tl.constexpr, STEPS: tl.constexpr,
+    x_ptr, mean_ptr, inverse_ptr, weight_ptr, bias_ptr, residual_ptr, v0_ptr, sum_ptr, spike_ptr, v_end_ptr,
+    rows, channels, inner, step_elements, width, statistics_step,
+    CHANNELS_LAST: tl.constexpr, POOL: tl.constexpr, FIRE: tl.constexpr, STEPS: tl.constexpr, AHEAD: tl.constexpr,
     TAU: tl.constexpr, V_THRESHOLD: tl.constexpr, V_RESET: tl.constexpr,
     COMPUTE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    at, column, mask = _tile(
-        tl.program_id(0).to(tl.int64) * ROWS, rows, channels, inner, CHANNELS_LAST, ROWS, COLUMNS
-    )  # fmt: skip
+    first_row = tl.program_id(0).to(tl.int64) * ROWS
+    at, column, mask = _tile(first_row, rows, channels, inner, width, CHANNELS_LAST, POOL, ROWS, COLUMNS)
     is_channel = column < channels
+    weight = tl.load(weight_ptr + column, is_channel, 0.0).to(COMPUTE)
     bias = tl.load(bias_ptr + column, is_channel, 0.0).to(COMPUTE)
     v = tl.zeros([ROWS, COLUMNS], COMPUTE)
     if FIRE and v0_ptr is not None:
         v = tl.load(v0_ptr + at, mask, 0.0)
+    if POOL and sum_ptr is not None:
+        window = first_row // 4 + tl.arange(0, ROWS // 4)[:, None]
+        pooled_at = _place(window, column, channels, inner // 4, CHANNELS_LAST)
+        is_window = (window < rows // 4) & is_channel
+    # Steps are loaded ahead of the stores of earlier ones: the compiler moves no load past a store.
+    first_step = tl.program_id(2) * STEPS
+    x, added = (), ()
+    for ahead in tl.static_range(AHEAD if AHEAD < STEPS else STEPS):
+        here = (first_step + ahead).to(tl.int64) * step_elements + at
+        x = x + (tl.load(x_ptr + here, mask, 0.0),)
+        added = added + (_load_if_any(residual_ptr, here, mask),)
     for inner_step in tl.static_range(STEPS):
-        step = tl.program_id(2) * STEPS + inner_step
+        step = first_step + inner_step
         here = step.to(tl.int64) * step_elements + at
-        mean = tl.load(mean_ptr + step * statistics_step + column, is_channel, 0.0)
-        scale = tl.load(scale_ptr + step * statistics_step + column, is_channel, 0.0)
-        y = tl.fma(tl.load(x_ptr + here, mask, 0.0).to(COMPUTE) - mean, scale, bias)
+        if inner_step + AHEAD < STEPS:
+            x = x + (tl.load(x_ptr + here + AHEAD * step_elements, mask, 0.0),)
+            added = added + (_load_if_any(residual_ptr, here + AHEAD * step_elements, mask),)
+        y = _normalise(
+            x[inner_step].to(COMPUTE), mean_ptr, inverse_ptr, weight, bias, column, is_channel, step * statistics_step
+        )  # fmt: skip
         if residual_ptr is not None:
-            y += tl.load(residual_ptr + here, mask, 0.0).to(COMPUTE)
+            y += added[inner_step].to(COMPUTE)
         if sum_ptr is not None:
-            # The neuron sees what is kept: the backward pass then sees the same.
-            rounded = y.to(sum_ptr.dtype.element_ty)
-            tl.store(sum_ptr + here, rounded, mask)
-            y = rounded.to(COMPUTE)
+            if POOL:
+                four = tl.sum(tl.reshape(y, [ROWS // 4, 4, COLUMNS]), 1)
+                pooled_here = step.to(tl.int64) * ((rows // 4) * channels) + pooled_at
+                tl.store(sum_ptr + pooled_here, (four * 0.25).to(sum_ptr.dtype.element_ty), is_window)
+            else:
+                # The neuron sees what is kept: the backward pass then sees the same.
+                rounded = y.to(sum_ptr.dtype.element_ty)
+                tl.store(sum_ptr + here, rounded, mask)
+                y = rounded.to(COMPUTE)
         if FIRE:
             h = charge(y, v, TAU)
             tl.store(spike_ptr + here, fire(h, V_THRESHOLD).to(spike_ptr.dtype.element_ty), mask)
@@ -102,107 +211,218 @@ def _forward_kernel(
 
 
 @triton.jit
-def _backward_kernel(
-    x_ptr, mean_ptr, scale_ptr, bias_ptr, sum_ptr, v0_ptr, grad_sum_ptr, grad_spike_ptr, grad_v_end_ptr,
-    partial_ptr, total_grad_sum_ptr, grad_v0_ptr, centred_factor_ptr, offset_ptr, grad_x_ptr,
-    rows, channels, inner, step_elements, statistics_step,
-    CHANNELS_LAST: tl.constexpr, FIRE: tl.constexpr, STEPS: tl.constexpr,
+def _backward_sums_kernel(
+    x_ptr, mean_ptr, inverse_ptr, weight_ptr, bias_ptr, sum_ptr, v0_ptr, grad_sum_ptr, grad_spike_ptr, grad_v_end_ptr,
+    partial_ptr, total_grad_sum_ptr, grad_v0_ptr,
+    rows, channels, inner, step_elements, width, statistics_step, tiles,
+    CHANNELS_LAST: tl.constexpr, POOL: tl.constexpr, FIRE: tl.constexpr, STEPS: tl.constexpr,
     TAU: tl.constexpr, V_THRESHOLD: tl.constexpr, V_RESET: tl.constexpr,
     SURROGATE: tl.constexpr, ALPHA: tl.constexpr, DETACH_RESET: tl.constexpr,
     COMPUTE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """dy, the gradient of what batch norm gave, by way of the spikes (FIRE) and of the sum, then
-    either, with partial_ptr, its sums over the tile, and dy itself where the residual needs it,
-    or, with grad_x_ptr, grad_x = scale dy + centred_factor (x - mean) + offset."""
-    at, column, mask = _tile(
-        tl.program_id(0).to(tl.int64) * ROWS, rows, channels, inner, CHANNELS_LAST, ROWS, COLUMNS
-    )  # fmt: skip
+    """Sums of dy and dy (x - mean) over some tiles, in every lane first, then over lanes; and dy itself where the
+    residual needs it."""
+    sums, centred_sums = (), ()
+    for _ in tl.static_range(STEPS):
+        sums = sums + (tl.zeros([ROWS, COLUMNS], COMPUTE),)
+        centred_sums = centred_sums + (tl.zeros([ROWS, COLUMNS], COMPUTE),)
+    for tile in range(tiles):
+        first_row = (tl.program_id(0).to(tl.int64) * tiles + tile) * ROWS
+        at, column, mask = _tile(first_row, rows, channels, inner, width, CHANNELS_LAST, POOL, ROWS, COLUMNS)
+        pooled_at = _place((first_row + tl.arange(0, ROWS)[:, None]) // 4, column, channels, inner // 4, CHANNELS_LAST)
+        is_channel = column < channels
+        charged = ()
+        grad_v = tl.zeros([ROWS, COLUMNS], COMPUTE)
+        if FIRE:
+            charged = _charged(
+                x_ptr, mean_ptr, inverse_ptr, weight_ptr, bias_ptr, sum_ptr, v0_ptr, at, mask, column, is_channel,
+                step_elements, statistics_step, STEPS, TAU, V_THRESHOLD, V_RESET, COMPUTE, ROWS, COLUMNS,
+            )  # fmt: skip
+            if grad_v_end_ptr is not None:
+                grad_v = tl.load(grad_v_end_ptr + at, mask, 0.0)
+        new_sums, new_centred = (), ()
+        for back in tl.static_range(STEPS):
+            step = tl.program_id(2) * STEPS + (STEPS - 1 - back)
+            here = step.to(tl.int64) * step_elements + at
+            grad_sum, grad_spike = _gradients(
+                step, at, pooled_at, mask, grad_sum_ptr, grad_spike_ptr, rows, channels, step_elements, POOL
+            )
+            grad_y = tl.zeros([ROWS, COLUMNS], COMPUTE)
+            if FIRE:
+                into_spike = tl.zeros([ROWS, COLUMNS], COMPUTE)
+                if grad_spike_ptr is not None:
+                    into_spike = grad_spike.to(COMPUTE)
+                grad_h = charge_gradient(
+                    charged[STEPS - 1 - back], into_spike, grad_v, V_THRESHOLD, V_RESET, SURROGATE, ALPHA, DETACH_RESET
+                )
+                grad_y = grad_h * (1.0 / TAU)
+                grad_v = grad_h * (1.0 - 1.0 / TAU)
+            if grad_sum_ptr is not None:
+                grad_y += grad_sum.to(COMPUTE) * (0.25 if POOL else 1.0)
+            mean = tl.load(mean_ptr + step * statistics_step + column, is_channel, 0.0)
+            centred = tl.load(x_ptr + here, mask, 0.0).to(COMPUTE) - mean
+            new_sums = new_sums + (sums[back] + grad_y,)
+            new_centred = new_centred + (tl.fma(grad_y, centred, centred_sums[back]),)
+            if total_grad_sum_ptr is not None:
+                tl.store(total_grad_sum_ptr + here, grad_y.to(total_grad_sum_ptr.dtype.element_ty), mask)
+        sums, centred_sums = new_sums, new_centred
+        if FIRE and grad_v0_ptr is not None:
+            tl.store(grad_v0_ptr + at, grad_v, mask)
+    own = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    for back in tl.static_range(STEPS):
+        step = tl.program_id(2) * STEPS + (STEPS - 1 - back)
+        out = (tl.program_id(0).to(tl.int64) * (tl.num_programs(2) * STEPS) + step) * 2 * channels
+        tl.store(partial_ptr + out + own, tl.sum(sums[back], 0), own < channels)
+        tl.store(partial_ptr + out + channels + own, tl.sum(centred_sums[back], 0), own < channels)
+
+
+@triton.jit
+def _backward_input_kernel(
+    x_ptr, mean_ptr, inverse_ptr, weight_ptr, bias_ptr, v0_ptr, grad_sum_ptr, grad_spike_ptr, grad_v_end_ptr,
+    centred_factor_ptr, offset_ptr, grad_x_ptr,
+    rows, channels, inner, step_elements, width, statistics_step,
+    CHANNELS_LAST: tl.constexpr, POOL: tl.constexpr, FIRE: tl.constexpr, STEPS: tl.constexpr, AHEAD: tl.constexpr,
+    TAU: tl.constexpr, V_THRESHOLD: tl.constexpr, V_RESET: tl.constexpr,
+    SURROGATE: tl.constexpr, ALPHA: tl.constexpr, DETACH_RESET: tl.constexpr,
+    COMPUTE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """grad_x = inverse weight dy + centred_factor (x - mean) + offset."""
+    first_row = tl.program_id(0).to(tl.int64) * ROWS
+    at, column, mask = _tile(first_row, rows, channels, inner, width, CHANNELS_LAST, POOL, ROWS, COLUMNS)
+    pooled_at = _place((first_row + tl.arange(0, ROWS)[:, None]) // 4, column, channels, inner // 4, CHANNELS_LAST)
     is_channel = column < channels
+    weight = tl.load(weight_ptr + column, is_channel, 0.0).to(COMPUTE)
     charged = ()
     grad_v = tl.zeros([ROWS, COLUMNS], COMPUTE)
     if FIRE:
-        v = tl.zeros([ROWS, COLUMNS], COMPUTE)
-        if v0_ptr is not None:
-            v = tl.load(v0_ptr + at, mask, 0.0)
+        charged = _charged(
+            x_ptr, mean_ptr, inverse_ptr, weight_ptr, bias_ptr, None, v0_ptr, at, mask, column, is_channel,
+            step_elements, statistics_step, STEPS, TAU, V_THRESHOLD, V_RESET, COMPUTE, ROWS, COLUMNS,
+        )  # fmt: skip
         if grad_v_end_ptr is not None:
             grad_v = tl.load(grad_v_end_ptr + at, mask, 0.0)
-        if sum_ptr is None:
-            bias = tl.load(bias_ptr + column, is_channel, 0.0).to(COMPUTE)
-        for step in tl.static_range(STEPS):
-            here = elements_before(step, step_elements) + at
-            if sum_ptr is not None:
-                y = tl.load(sum_ptr + here, mask, 0.0).to(COMPUTE)
-            else:
-                mean = tl.load(mean_ptr + step * statistics_step + column, is_channel, 0.0)
-                scale = tl.load(scale_ptr + step * statistics_step + column, is_channel, 0.0)
-                y = tl.fma(tl.load(x_ptr + here, mask, 0.0).to(COMPUTE) - mean, scale, bias)
-            h = charge(y, v, TAU)
-            charged = charged + (h,)
-            v = reset(h, V_THRESHOLD, V_RESET)
-
+    loaded = ()
+    for ahead in tl.static_range(AHEAD if AHEAD < STEPS else STEPS):
+        step = tl.program_id(2) * STEPS + (STEPS - 1 - ahead)
+        loaded = loaded + (
+            _gradients(step, at, pooled_at, mask, grad_sum_ptr, grad_spike_ptr, rows, channels, step_elements, POOL),
+        )
     for back in tl.static_range(STEPS):
         step = tl.program_id(2) * STEPS + (STEPS - 1 - back)
         here = step.to(tl.int64) * step_elements + at
+        if back + AHEAD < STEPS:
+            loaded = loaded + (
+                _gradients(
+                    step - AHEAD, at, pooled_at, mask, grad_sum_ptr, grad_spike_ptr, rows, channels, step_elements, POOL
+                ),
+            )
+        grad_sum, grad_spike = loaded[back]
         grad_y = tl.zeros([ROWS, COLUMNS], COMPUTE)
         if FIRE:
-            grad_spike = tl.zeros([ROWS, COLUMNS], COMPUTE)
+            into_spike = tl.zeros([ROWS, COLUMNS], COMPUTE)
             if grad_spike_ptr is not None:
-                grad_spike = tl.load(grad_spike_ptr + here, mask, 0.0).to(COMPUTE)
+                into_spike = grad_spike.to(COMPUTE)
             grad_h = charge_gradient(
-                charged[STEPS - 1 - back], grad_spike, grad_v, V_THRESHOLD, V_RESET, SURROGATE, ALPHA, DETACH_RESET
+                charged[STEPS - 1 - back], into_spike, grad_v, V_THRESHOLD, V_RESET, SURROGATE, ALPHA, DETACH_RESET
             )
             grad_y = grad_h * (1.0 / TAU)
             grad_v = grad_h * (1.0 - 1.0 / TAU)
         if grad_sum_ptr is not None:
-            grad_y += tl.load(grad_sum_ptr + here, mask, 0.0).to(COMPUTE)
+            grad_y += grad_sum.to(COMPUTE) * (0.25 if POOL else 1.0)
         mean = tl.load(mean_ptr + step * statistics_step + column, is_channel, 0.0)
         centred = tl.load(x_ptr + here, mask, 0.0).to(COMPUTE) - mean
-        if partial_ptr is not None:
-            out = (tl.program_id(0).to(tl.int64) * (tl.num_programs(2) * STEPS) + step) * 2 * channels
-            own = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-            tl.store(partial_ptr + out + own, tl.sum(grad_y, 0), own < channels)
-            tl.store(partial_ptr + out + channels + own, tl.sum(grad_y * centred, 0), own < channels)
-        if total_grad_sum_ptr is not None:
-            tl.store(total_grad_sum_ptr + here, grad_y.to(total_grad_sum_ptr.dtype.element_ty), mask)
-        if grad_x_ptr is not None:
-            scale = tl.load(scale_ptr + step * statistics_step + column, is_channel, 0.0)
-            factor = tl.load(centred_factor_ptr + step * statistics_step + column, is_channel, 0.0)
-            offset = tl.load(offset_ptr + step * statistics_step + column, is_channel, 0.0)
-            grad_x = scale * grad_y + (factor * centred + offset)
-            tl.store(grad_x_ptr + here, grad_x.to(grad_x_ptr.dtype.element_ty), mask)
-    if FIRE and grad_v0_ptr is not None:
-        tl.store(grad_v0_ptr + at, grad_v, mask)
+        scale = tl.load(inverse_ptr + step * statistics_step + column, is_channel, 0.0) * weight
+        factor = tl.load(centred_factor_ptr + step * statistics_step + column, is_channel, 0.0)
+        offset = tl.load(offset_ptr + step * statistics_step + column, is_channel, 0.0)
+        grad_x = scale * grad_y + (factor * centred + offset)
+        tl.store(grad_x_ptr + here, grad_x.to(grad_x_ptr.dtype.element_ty), mask)
+
+
+@triton.jit
+def _charged(
+    x_ptr, mean_ptr, inverse_ptr, weight_ptr, bias_ptr, sum_ptr, v0_ptr, at, mask, column, is_channel,
+    step_elements, statistics_step,
+    STEPS: tl.constexpr, TAU: tl.constexpr, V_THRESHOLD: tl.constexpr, V_RESET: tl.constexpr,
+    COMPUTE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """h of every step, as the forward kernel computed it."""
+    v = tl.zeros([ROWS, COLUMNS], COMPUTE)
+    if v0_ptr is not None:
+        v = tl.load(v0_ptr + at, mask, 0.0)
+    if sum_ptr is None:
+        weight = tl.load(weight_ptr + column, is_channel, 0.0).to(COMPUTE)
+        bias = tl.load(bias_ptr + column, is_channel, 0.0).to(COMPUTE)
+    charged = ()
+    for step in tl.static_range(STEPS):
+        here = elements_before(step, step_elements) + at
+        if sum_ptr is not None:
+            y = tl.load(sum_ptr + here, mask, 0.0).to(COMPUTE)
+        else:
+            x = tl.load(x_ptr + here, mask, 0.0).to(COMPUTE)
+            y = _normalise(x, mean_ptr, inverse_ptr, weight, bias, column, is_channel, step * statistics_step)
+        h = charge(y, v, TAU)
+        charged = charged + (h,)
+        v = reset(h, V_THRESHOLD, V_RESET)
+    return charged
+
+
+@triton.jit
+def _gradients(
+    step, at, pooled_at, mask, grad_sum_ptr, grad_spike_ptr, rows, channels, step_elements, POOL: tl.constexpr
+):  # fmt: skip
+    """(gradient of the sum, of the spikes) of a step, as they lie in memory."""
+    here = step.to(tl.int64) * step_elements + at
+    if POOL:
+        here_of_sum = step.to(tl.int64) * ((rows // 4) * channels) + pooled_at
+    else:
+        here_of_sum = here
+    return _load_if_any(grad_sum_ptr, here_of_sum, mask), _load_if_any(grad_spike_ptr, here, mask)
 
 
 # ---- launches. x and all that is as large lie alike in memory; statistics are [S or 1, C] in `membrane_dtype`.
 
 
-class _Geometry:
-    """Rows, channels and tiles of [S, N, C, ...]; the same on every machine, so that processes agree."""
+# What `benchmarks.sweep_kernels` varies.
+WARPS = 8
+AHEAD = 3  # steps that are loaded ahead of stores
+# Values a thread, by the steps whose membranes its registers hold: 8 of bfloat16 are 16 bytes a load.
+VALUES = {1: 16, 4: 8, 8: 4, MAX_STEPS: 2}
+REDUCED_VALUES = {4: 4, 8: 2, MAX_STEPS: 1}  # likewise, where sums of every step are in registers too
+# An H100 or H200 has 132 multiprocessors. At 64 registers a thread each holds four programs of 256 threads, at 128 two:
+# all programs of a reduction run at once, and none of them is alone at the end.
+PROGRAMS_OF_MOMENTS = 4 * 132
+PROGRAMS_OF_SUMS = 2 * 132
 
-    def __init__(self, x: Tensor, fires: bool):
+
+class _Geometry:
+    """Rows, channels and tiles of [S, N, C, ...]; the same on every machine, so that processes agree.
+    values: as VALUES. pool: rows go window by window (2x2 pixels)."""
+
+    def __init__(self, x: Tensor, fires: bool, values: dict[int, int], pool: bool = False):
         self.steps, self.channels = x.shape[0], x.shape[2]
         self.inner = x.shape[3:].numel()
+        self.width = x.shape[-1] if pool else 0
         self.rows = x.shape[1] * self.inner
         self.channels_last = is_channels_last(x)
-        in_registers = self.steps if fires else 1  # the membrane of all steps
-        # Values a thread: 8 of bfloat16 are 16 bytes a load; fewer where the membrane of many steps needs the room.
-        values = 8 if in_registers <= 4 else 4 if in_registers <= 8 else 2
-        self.warps = 8
-        if not fires:
-            values = 16
-        tile = values * 32 * self.warps
+        in_registers = self.steps if fires else 1
+        tile = next(values[steps] for steps in sorted(values) if in_registers <= steps) * 32 * WARPS
+        self.warps = WARPS
         if self.channels_last and self.channels > 1:
             # 64 channels are 128 bytes of a row: whole lines of memory.
             self.tile_columns = min(triton.next_power_of_2(self.channels), 64 if in_registers <= 4 else 32)
             self.tile_rows = tile // self.tile_columns
         else:
-            self.tile_columns, self.tile_rows, self.warps = 1, tile // 2, 4
+            self.tile_columns, self.tile_rows, self.warps = 1, tile // 2, WARPS // 2
         self.row_tiles = triton.cdiv(self.rows, self.tile_rows)
         self.column_tiles = triton.cdiv(self.channels, self.tile_columns)
 
-    def grid(self, fires: bool) -> tuple[int, int, int]:
-        return self.row_tiles, self.column_tiles, 1 if fires else self.steps
+    def grid(self, fires: bool, tiles: int = 1) -> tuple[int, int, int]:
+        return triton.cdiv(self.row_tiles, tiles), self.column_tiles, 1 if fires else self.steps
+
+    def tiles_of_a_program(self, fires: bool, programs: int) -> int:
+        """So that about `programs` programs share all tiles evenly."""
+        others = self.column_tiles * (1 if fires else self.steps)
+        return triton.cdiv(self.row_tiles, max(1, min(self.row_tiles, programs // others)))
 
     def arguments(self) -> tuple[int, int, int, int]:
         return self.rows, self.channels, self.inner, self.rows * self.channels
@@ -213,75 +433,84 @@ class _Geometry:
         )
 
 
-_PROGRAMS_OF_MOMENTS = 1024  # enough to fill a GPU, few enough to be added up at once
-
-
-def launch_moments(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(mean, biased variance) [S, C] of each step and channel of x [S, N, C, ...]."""
-    geometry = _Geometry(x, fires=False)
-    programs = max(1, min(geometry.row_tiles, _PROGRAMS_OF_MOMENTS // (geometry.steps * geometry.column_tiles)))
-    tiles = triton.next_power_of_2(triton.cdiv(geometry.row_tiles, programs))  # compiled anew for each value
-    programs = triton.cdiv(geometry.row_tiles, tiles)
-    means = torch.empty(programs, geometry.steps, geometry.channels, dtype=dtype, device=x.device)
+def launch_moments(
+    x: Tensor, dtype: torch.dtype, running_mean: Tensor | None, running_var: Tensor | None,
+    batches: Tensor | None, momentum: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(mean, biased variance) [S, C] of each step and channel of x [S, N, C, ...]. Updates running_mean and
+    running_var [C] once a step, in place, and adds S to batches []; None: there are none."""
+    geometry = _Geometry(x, False, {1: 8})
+    tiles = geometry.tiles_of_a_program(False, PROGRAMS_OF_MOMENTS)
+    grid = geometry.grid(False, tiles)
+    means = torch.empty(grid[0], geometry.steps, geometry.channels, dtype=dtype, device=x.device)
     squares = torch.empty_like(means)
+    mean = torch.empty(geometry.steps, geometry.channels, dtype=dtype, device=x.device)
+    variance = torch.empty_like(mean)
+    columns = 16
     with torch.cuda.device_of(x):
-        _moments_kernel[(programs, geometry.column_tiles, geometry.steps)](
-            x, means, squares, *geometry.arguments(), TILES=tiles, COMPUTE=compute_type(x.dtype), **geometry.tiles()
+        _moments_kernel[grid](
+            x, means, squares, *geometry.arguments(), tiles, COMPUTE=compute_type(x.dtype), **geometry.tiles()
         )
-    # All programs but the last have seen as many rows.
-    rows = geometry.rows
-    share = torch.full((programs, 1, 1), tiles * geometry.tile_rows / rows, dtype=dtype, device=x.device)
-    share[-1] = 1.0 - (programs - 1) * tiles * geometry.tile_rows / rows
-    mean = (share * means).sum(0)
-    variance = squares.sum(0) / rows + (share * (means - mean).square()).sum(0)
+        _statistics_kernel[(triton.cdiv(geometry.channels, columns),)](
+            means, squares, mean, variance, running_mean, running_var, batches,
+            grid[0], geometry.steps, geometry.channels, geometry.rows, tiles * geometry.tile_rows, momentum,
+            COMPUTE=compute_type(x.dtype), PROGRAMS=128, COLUMNS=columns, num_warps=8,
+        )  # fmt: skip
     return mean, variance
 
 
 def launch_forward(
-    x: Tensor, mean: Tensor, scale: Tensor, bias: Tensor, residual: Tensor | None, v0: Tensor | None,
-    total: Tensor | None, spikes: Tensor | None, v_end: Tensor | None, p: LIFParameters,
+    x: Tensor, mean: Tensor, inverse_deviation: Tensor, weight: Tensor, bias: Tensor,
+    residual: Tensor | None, v0: Tensor | None,
+    total: Tensor | None, spikes: Tensor | None, v_end: Tensor | None, pool: bool, p: LIFParameters,
 ) -> None:  # fmt: skip
-    """Fills total [S, N, C, ...] = batch norm + residual, and spikes with v_end [N, C, ...], where given."""
+    """Fills total [S, N, C, ...] = batch norm + residual, or its averages over 2x2 pixels, and spikes with v_end
+    [N, C, ...], where given."""
     fires = spikes is not None
-    geometry = _Geometry(x, fires)
+    geometry = _Geometry(x, fires, VALUES, pool)
     with torch.cuda.device_of(x):
         _forward_kernel[geometry.grid(fires)](
-            x, mean, scale, bias, residual, v0, total, spikes, v_end, *geometry.arguments(), _statistics_step(mean),
-            FIRE=fires, STEPS=_steps_in_kernel(geometry, fires),
+            x, mean, inverse_deviation, weight, bias, residual, v0, total, spikes, v_end,
+            *geometry.arguments(), geometry.width, _statistics_step(mean),
+            POOL=pool, FIRE=fires, STEPS=_steps_in_kernel(geometry, fires), AHEAD=AHEAD,
             TAU=p.tau, V_THRESHOLD=p.v_threshold, V_RESET=p.v_reset, COMPUTE=compute_type(x.dtype), **geometry.tiles(),
         )  # fmt: skip
 
 
 def launch_backward_sums(
-    x: Tensor, mean: Tensor, scale: Tensor, bias: Tensor, total: Tensor | None, v0: Tensor | None,
+    x: Tensor, mean: Tensor, inverse_deviation: Tensor, weight: Tensor, bias: Tensor,
+    total: Tensor | None, v0: Tensor | None,
     grad_total: Tensor | None, grad_spikes: Tensor | None, grad_v_end: Tensor | None,
-    whole_grad_total: Tensor | None, grad_v0: Tensor | None, fires: bool, p: LIFParameters,
+    whole_grad_total: Tensor | None, grad_v0: Tensor | None, fires: bool, pool: bool, p: LIFParameters,
 ) -> Tensor:  # fmt: skip
     """[S, 2, C]: the sums over rows of dy and of dy (x - mean). Fills whole_grad_total with dy, and grad_v0."""
-    geometry = _Geometry(x, fires)
-    partial = torch.empty(geometry.row_tiles, geometry.steps, 2, geometry.channels, dtype=mean.dtype, device=x.device)
+    geometry = _Geometry(x, fires, REDUCED_VALUES if fires else VALUES, pool)
+    tiles = geometry.tiles_of_a_program(fires, PROGRAMS_OF_SUMS)
+    grid = geometry.grid(fires, tiles)
+    partial = torch.empty(grid[0], geometry.steps, 2, geometry.channels, dtype=mean.dtype, device=x.device)
     with torch.cuda.device_of(x):
-        _backward_kernel[geometry.grid(fires)](
-            x, mean, scale, bias, total, v0, grad_total, grad_spikes, grad_v_end,
-            partial, whole_grad_total, grad_v0, None, None, None,
-            *geometry.arguments(), _statistics_step(mean), FIRE=fires, STEPS=_steps_in_kernel(geometry, fires),
+        _backward_sums_kernel[grid](
+            x, mean, inverse_deviation, weight, bias, total, v0, grad_total, grad_spikes, grad_v_end,
+            partial, whole_grad_total, grad_v0,
+            *geometry.arguments(), geometry.width, _statistics_step(mean), tiles,
+            POOL=pool, FIRE=fires, STEPS=_steps_in_kernel(geometry, fires),
             **_neuron(p), COMPUTE=compute_type(x.dtype), **geometry.tiles(),
         )  # fmt: skip
     return partial.sum(0)
 
 
 def launch_backward_input(
-    x: Tensor, mean: Tensor, scale: Tensor, bias: Tensor, v0: Tensor | None,
+    x: Tensor, mean: Tensor, inverse_deviation: Tensor, weight: Tensor, bias: Tensor, v0: Tensor | None,
     grad_total: Tensor | None, grad_spikes: Tensor | None, grad_v_end: Tensor | None,
-    centred_factor: Tensor, offset: Tensor, grad_x: Tensor, fires: bool, p: LIFParameters,
+    centred_factor: Tensor, offset: Tensor, grad_x: Tensor, fires: bool, pool: bool, p: LIFParameters,
 ) -> None:  # fmt: skip
-    """Fills grad_x = scale dy + centred_factor (x - mean) + offset."""
-    geometry = _Geometry(x, fires)
+    """Fills grad_x = inverse_deviation weight dy + centred_factor (x - mean) + offset."""
+    geometry = _Geometry(x, fires, VALUES, pool)
     with torch.cuda.device_of(x):
-        _backward_kernel[geometry.grid(fires)](
-            x, mean, scale, bias, None, v0, grad_total, grad_spikes, grad_v_end,
-            None, None, None, centred_factor, offset, grad_x,
-            *geometry.arguments(), _statistics_step(mean), FIRE=fires, STEPS=_steps_in_kernel(geometry, fires),
+        _backward_input_kernel[geometry.grid(fires)](
+            x, mean, inverse_deviation, weight, bias, v0, grad_total, grad_spikes, grad_v_end,
+            centred_factor, offset, grad_x, *geometry.arguments(), geometry.width, _statistics_step(mean),
+            POOL=pool, FIRE=fires, STEPS=_steps_in_kernel(geometry, fires), AHEAD=AHEAD,
             **_neuron(p), COMPUTE=compute_type(x.dtype), **geometry.tiles(),
         )  # fmt: skip
 

@@ -81,9 +81,12 @@ def _forward_kernel(
     v = tl.zeros([BLOCK], COMPUTE)
     if v0_ptr is not None:
         v = tl.load(v0_ptr + neuron, mask, 0.0)
+    x = tl.load(x_ptr + neuron, mask, 0.0)
     for t in tl.static_range(STEPS):
+        h = charge(x.to(COMPUTE), v, TAU)
+        if t + 1 < STEPS:  # before the store: the compiler moves no load past a store
+            x = tl.load(x_ptr + elements_before(t + 1, neurons) + neuron, mask, 0.0)
         at = elements_before(t, neurons) + neuron
-        h = charge(tl.load(x_ptr + at, mask, 0.0).to(COMPUTE), v, TAU)
         tl.store(spike_ptr + at, fire(h, V_THRESHOLD).to(spike_ptr.dtype.element_ty), mask)
         v = reset(h, V_THRESHOLD, V_RESET)
     if v_end_ptr is not None:
@@ -112,14 +115,17 @@ def _backward_kernel(
     grad_v = tl.zeros([BLOCK], COMPUTE)
     if grad_v_end_ptr is not None:
         grad_v = tl.load(grad_v_end_ptr + neuron, mask, 0.0)
+    grad_spike = tl.zeros([BLOCK], COMPUTE)
+    if grad_spike_ptr is not None:
+        grad_spike = tl.load(grad_spike_ptr + elements_before(STEPS - 1, neurons) + neuron, mask, 0.0).to(COMPUTE)
     for back in tl.static_range(STEPS):
         at = elements_before(STEPS - 1 - back, neurons) + neuron
-        grad_spike = tl.zeros([BLOCK], COMPUTE)
-        if grad_spike_ptr is not None:
-            grad_spike = tl.load(grad_spike_ptr + at, mask, 0.0).to(COMPUTE)
         grad_h = charge_gradient(
             charged[STEPS - 1 - back], grad_spike, grad_v, V_THRESHOLD, V_RESET, SURROGATE, ALPHA, DETACH_RESET
         )
+        if grad_spike_ptr is not None and back + 1 < STEPS:
+            before = elements_before(STEPS - 2 - back, neurons) + neuron
+            grad_spike = tl.load(grad_spike_ptr + before, mask, 0.0).to(COMPUTE)
         tl.store(grad_x_ptr + at, (grad_h * (1.0 / TAU)).to(grad_x_ptr.dtype.element_ty), mask)
         grad_v = grad_h * (1.0 - 1.0 / TAU)
     if grad_v0_ptr is not None:

@@ -2,8 +2,8 @@
 
     python -m tests.helpers.compile_kernels 3 15
 
-A line of JSON for each launch: kernel, registers a thread, bytes spilled to memory. Launches are
-stopped after compilation: nothing is computed.
+A line of JSON for each launch: the kernel and its `resources`. Launches are stopped after compilation: nothing is
+computed.
 """
 
 import json
@@ -19,7 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from dataset import residual_kernel
-from models.kernels import operators, packing
+from models.kernels import geglu, operators, packing
 from models.kernels.parameters import LIFParameters
 
 TARGET = GPUTarget("cuda", 90, 32)
@@ -49,7 +49,8 @@ def compile_only() -> list[dict]:
 
     def compiling(self, *args, grid, warmup, **kwargs):
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
-        compiled.append({"kernel": self.__name__, **resources(kernel.asm["cubin"]), "ptx": kernel.asm["ptx"]})
+        about = {"kernel": self.__name__, "fires": kwargs.get("FIRE", True)}
+        compiled.append({**about, **resources(kernel.asm["cubin"]), "ptx": kernel.asm["ptx"]})
         return kernel
 
     JITFunction.run = compiling
@@ -57,11 +58,26 @@ def compile_only() -> list[dict]:
 
 
 def resources(cubin: bytes) -> dict:
+    """Registers a thread, bytes spilled to memory, instructions of the machine's code (of the whole kernel, and of
+    its longest loop; 0: it has none), and loads of 16 bytes before the first store."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        out = subprocess.run([CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    return {"registers": int(re.search(r"REG:(\d+)", out)[1]), "spilled_bytes": int(re.search(r"STACK:(\d+)", out)[1])}
+        used, code = (
+            subprocess.run([CUOBJDUMP, what, file.name], capture_output=True, text=True, check=True).stdout
+            for what in ("-res-usage", "-sass")
+        )
+    at = [int(number, 16) for number in re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?!NOP)", code, re.M)]
+    jumps = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/.*BRA.*?0x([0-9a-f]+)", code, re.M)
+    jumps = [(int(to, 16), int(here, 16)) for here, to in jumps]
+    loops = [sum(to <= number <= here for number in at) for to, here in jumps if to < here]
+    return {
+        "registers": int(re.search(r"REG:(\d+)", used)[1]),
+        "spilled_bytes": int(re.search(r"STACK:(\d+)", used)[1]),
+        "instructions": len(at),
+        "in_loop": max(loops, default=0),
+        "wide_loads_first": code.partition(" STG.")[0].count("LDG.E.128"),
+    }
 
 
 def channels_last(x: torch.Tensor) -> torch.Tensor:
@@ -69,7 +85,7 @@ def channels_last(x: torch.Tensor) -> torch.Tensor:
 
 
 def launch_all(steps: int, dtype: torch.dtype, layout, p: LIFParameters) -> None:
-    x = layout(torch.zeros(steps, 1, 64, 4, 4, dtype=dtype))
+    x = layout(torch.zeros(steps, 4, 64, 56, 56, dtype=dtype))  # enough tiles for a program to have several
     row = torch.ones(steps, 64)
     weight = torch.ones(64)
     neuron = p.as_arguments()
@@ -78,12 +94,16 @@ def launch_all(steps: int, dtype: torch.dtype, layout, p: LIFParameters) -> None
     operators.moments(x)
     layer = (x, row, row, weight, weight)
     for residual, keep_sum, fire in ((None, False, True), (x, True, True), (x, True, False)):
-        operators.batch_norm(*layer, residual, None, None, True, keep_sum, fire, False, *neuron)
+        operators.batch_norm(*layer, residual, None, None, True, keep_sum, fire, False, False, *neuron)
         total = x if keep_sum and fire else None
         grads = (x if keep_sum else None, x if fire else None, None)
-        operators.batch_norm_backward_sums(*layer, total, None, *grads, False, fire, *neuron)
+        operators.batch_norm_backward_sums(*layer, total, None, *grads, False, fire, False, *neuron)
         if not keep_sum or not fire:
-            operators.batch_norm_backward_input(*layer, None, *grads, row, row, fire, *neuron)
+            operators.batch_norm_backward_input(*layer, None, *grads, row, row, fire, False, *neuron)
+    pooled = layout(torch.zeros(steps, 4, 64, 28, 28, dtype=dtype))
+    operators.batch_norm(*layer, None, None, None, True, True, True, False, True, *neuron)
+    operators.batch_norm_backward_sums(*layer, None, None, pooled, x, None, False, True, True, *neuron)
+    operators.batch_norm_backward_input(*layer, None, pooled, x, None, row, row, True, True, *neuron)
 
 
 def launch_others(dtype: torch.dtype) -> None:
@@ -92,6 +112,8 @@ def launch_others(dtype: torch.dtype) -> None:
     packed = torch.zeros(spikes.numel() // 8, dtype=torch.uint8)
     packing._pack_kernel[(1,)](spikes, packed, spikes.numel(), BYTES=512, num_warps=4)
     packing._unpack_kernel[(1,)](packed, spikes, spikes.numel(), BYTES=512, num_warps=4)
+    geglu._geglu(torch.zeros(8, 128, dtype=dtype))
+    geglu._geglu_backward(torch.zeros(8, 128, dtype=dtype), torch.zeros(8, 64, dtype=dtype))
     residual_kernel.split(torch.zeros(1, 2, 4, 8, 8, 3, dtype=torch.uint8), (1.0, 2.0, 3.0), (0.1, 0.2, 0.3), dtype)
     row, weight = torch.ones(3, 64), torch.ones(64)
     layer, v = (spikes, row, row, weight, weight), torch.zeros(spikes.shape[1:])
@@ -99,8 +121,8 @@ def launch_others(dtype: torch.dtype) -> None:
         neuron = LIFParameters(surrogate=surrogate, v_reset=v_reset, detach_reset=False).as_arguments()
         operators.lif(spikes, v, True, *neuron)
         operators.lif_backward(spikes, v, spikes, v, True, *neuron)
-        operators.batch_norm(*layer, None, v, None, True, False, True, True, *neuron)
-        operators.batch_norm_backward_sums(*layer, None, v, None, spikes, v, True, True, *neuron)
+        operators.batch_norm(*layer, None, v, None, True, False, True, True, False, *neuron)
+        operators.batch_norm_backward_sums(*layer, None, v, None, spikes, v, True, True, False, *neuron)
 
 
 if __name__ == "__main__":

@@ -4,9 +4,10 @@ import itertools
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from models.batch_norm import StepBatchNorm2d
-from models.kernels import operators
+from models.kernels import operators, triton_batch_norm
 from models.kernels.parameters import LIFParameters
 from models.kernels.reference import batch_norm_definition, lif_definition
 from models.neurons import BACKENDS, LIF
@@ -21,10 +22,17 @@ PATTERNS = {
 }  # fmt: skip
 
 
+class _Silent(LIF):
+    """Neurons that never fire, with a gradient of their own."""
+
+    def forward(self, current):
+        return self.counted(current * 0.0)
+
+
 def fused(x, weight, bias, residual, merged, keep_sum, fire, p, v0=None):
     with torch.no_grad():
         mean, variance = operators.moments(x.flatten(0, 1)[None] if merged else x)
-    how = (None, True, keep_sum, fire, fire, *p.as_arguments())
+    how = (None, True, keep_sum, fire, fire, False, *p.as_arguments())
     return operators.batch_norm(x, mean, torch.rsqrt(variance + EPS), weight, bias, residual, v0, *how)
 
 
@@ -105,12 +113,77 @@ def test_odd_sizes(shape, layout):
     torch.testing.assert_close(results[0], results[1], rtol=1e-10, atol=1e-11)
 
 
+@pytest.mark.parametrize("fires", [True, False])
+@pytest.mark.parametrize("layout", ["contiguous", "channels last"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_the_sum_is_averaged_over_windows_and_the_neurons_see_all_of_it(dtype, layout, fires):
+    """Several tiles with a rest; the neurons' states before and after, and gradients by way of both outputs."""
+    shape, p = (3, 3, 5, 10, 14), LIFParameters(tau=1.7, detach_reset=False)
+    x, weight, bias, _ = make(shape, dtype, layout, False)
+    v0 = random(shape[1:], torch.float32) if fires else None
+    pooled = (*shape[:3], 5, 7)
+    gradients = random(pooled, dtype, "strided"), random(shape, dtype, "strided"), random(shape[1:], torch.float32)
+
+    def fused_and_pooled(x, weight, bias, residual, merged, keep_sum, fire, p, v0):
+        with torch.no_grad():
+            mean, variance = operators.moments(x)
+        how = (None, True, True, fire, fire, True, *p.as_arguments())
+        return operators.batch_norm(x, mean, torch.rsqrt(variance + EPS), weight, bias, None, v0, *how)
+
+    def defined_and_pooled(x, weight, bias, residual, merged, keep_sum, fire, p, v0):
+        exact = x.to(weight.dtype)
+        total, spikes, v = defined(exact, weight, bias, None, False, False, True, p, v0)
+        return F.avg_pool2d(total.flatten(0, 1), 2).unflatten(0, x.shape[:2]).to(x.dtype), spikes.to(x.dtype), v
+
+    inputs = (x, weight, bias, None, v0)
+    want = run(defined_and_pooled, inputs, False, True, fires, p, gradients)
+    got = run(fused_and_pooled, inputs, False, True, fires, p, gradients)
+    for g, w in zip(got, want, strict=True):
+        assert (g is None) == (w is None)
+        if g is not None:
+            assert_close(g, w.to(g.dtype), dtype)
+    with pytest.raises(ValueError, match="H and W even"):
+        fused_and_pooled(x[..., :9, :], weight, bias, None, False, True, fires, p, None)
+    with pytest.raises(ValueError, match="not pool"):
+        operators.batch_norm(
+            x, weight[None], weight[None], weight, bias, x, None, None, True, True, True, False, True, *p.as_arguments()
+        )
+
+
+@pytest.mark.parametrize("neuron", [LIF, _Silent, None], ids=str)
+def test_both_backends_pool_alike(neuron):
+    x = random((2, 2, 5, 4, 6), torch.float64, "channels last")
+    results = []
+    for backend in ("triton", "reference"):
+        norm = StepBatchNorm2d(5, backend=backend).double().to(DEVICE).train()
+        results.append(norm(x, neuron=None if neuron is None else neuron(backend=backend), pool=True))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-12, atol=1e-13)
+
+
 def test_statistics_far_from_zero():
     """A mean 10,000 deviations away leaves the variance as it is: nothing is taken off a mean of squares."""
     x = (random((2, 4, 5, 9, 9), torch.float64) + 1e4).float()
     mean, variance = operators.moments(channels_last(x))
     torch.testing.assert_close(mean.double(), x.double().mean((1, 3, 4)), rtol=1e-6, atol=0)
     torch.testing.assert_close(variance.double(), x.double().var((1, 3, 4), correction=0), rtol=2e-3, atol=0)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels last"])
+def test_statistics_and_sums_of_many_programs(monkeypatch, layout):
+    """Tiles are shared between programs, the last of which has fewer rows than the others."""
+    monkeypatch.setattr(triton_batch_norm, "PROGRAMS_OF_MOMENTS", 10)
+    monkeypatch.setattr(triton_batch_norm, "PROGRAMS_OF_SUMS", 3)
+    monkeypatch.setattr(triton_batch_norm, "WARPS", 2)
+    x, weight, bias, _ = make((2, 3, 5, 31, 37), torch.float64, layout, False)
+    mean, variance = operators.moments(x)
+    torch.testing.assert_close(mean, x.mean((1, 3, 4)), rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(variance, x.var((1, 3, 4), correction=0), rtol=1e-12, atol=0)
+    gradients = random(x.shape, torch.float64), random(x.shape, torch.float64), random(x.shape[1:], torch.float64)
+    inputs = (x, weight, bias, None, None)
+    want = run(defined, inputs, False, True, True, LIFParameters(), gradients)
+    got = run(fused, inputs, False, True, True, LIFParameters(), gradients)
+    for g, w in zip(got, want, strict=True):
+        assert g is None or assert_close(g, w, torch.float64) is None
 
 
 @pytest.mark.parametrize("mode", ["per-step", "merged"])
@@ -143,13 +216,22 @@ def test_operators_are_well_formed():
     mean, variance = operators.moments(x)
     layer = (x, mean, torch.rsqrt(variance + EPS), weight, bias)
     torch.library.opcheck(operators.moments, (x,))
+    running = torch.zeros_like(weight), torch.ones_like(weight), torch.zeros((), dtype=torch.int64, device=DEVICE)
+    torch.library.opcheck(operators.moments, (x, *running, 0.1))
     differentiable = [value.detach().requires_grad_() for value in (x, weight, bias, residual)]
     x_, weight_, bias_, residual_ = differentiable
-    for pattern in ((residual_, None, None, True, True, True, True), (None, None, None, True, False, True, False)):
+    for pattern in (
+        (residual_, None, None, True, True, True, True, False),
+        (None, None, None, True, True, True, False, True),
+    ):
         torch.library.opcheck(operators.batch_norm, (x_, mean, layer[2], weight_, bias_, *pattern, *neuron))
-    torch.library.opcheck(operators.batch_norm_backward_sums, (*layer, x, None, x, x, None, False, True, *neuron))
+    torch.library.opcheck(
+        operators.batch_norm_backward_sums, (*layer, x, None, x, x, None, False, True, False, *neuron)
+    )
     factors = torch.ones_like(mean), torch.ones_like(mean)
-    torch.library.opcheck(operators.batch_norm_backward_input, (*layer, None, None, x, None, *factors, True, *neuron))
+    torch.library.opcheck(
+        operators.batch_norm_backward_input, (*layer, None, None, x, None, *factors, True, False, *neuron)
+    )
 
 
 def test_compiles_without_a_graph_break():
@@ -197,13 +279,6 @@ def test_half_precision_sums_are_those_the_neuron_sees(dtype):
     total, spikes, v = fused(x, weight, bias, residual, False, True, True, p)
     assert torch.equal(spikes.bool(), total >= 1.0)
     assert_close(v, torch.where(total >= 1.0, 0.0, total).to(v.dtype)[0], dtype)
-
-
-class _Silent(LIF):
-    """Neurons that never fire, with a gradient of their own."""
-
-    def forward(self, current):
-        return self.counted(current * 0.0)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -1,0 +1,153 @@
+"""How many faults in the kernels their tests notice.
+
+    python -m tests.helpers.mutate_kernels
+
+Breaks one line at a time in a copy of the repository, runs the kernel tests there in Triton's interpreter, and lists
+what no test noticed. Some 10 s for each fault.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from tests.helpers.script import ROOT
+
+LIF, NORM = "models/kernels/triton_lif.py", "models/kernels/triton_batch_norm.py"
+OPERATORS, GEGLU, PACKING = "models/kernels/operators.py", "models/kernels/geglu.py", "models/kernels/packing.py"
+SPLIT, SURROGATES = "dataset/residual_kernel.py", "models/kernels/surrogates.py"
+MODULE, STEM = "models/batch_norm.py", "models/spiking_resnet.py"
+TESTS = {
+    LIF: "tests/models/kernels/test_lif_kernels.py",
+    SURROGATES: "tests/models/kernels/test_lif_kernels.py",
+    GEGLU: "tests/models/kernels/test_geglu.py",
+    PACKING: "tests/models/test_fused_network.py",
+    SPLIT: "tests/models/test_fused_network.py",
+    STEM: "tests/models/test_fused_network.py",
+}
+# (file, what stands there once or more, what the first of it becomes)
+MUTATIONS = [
+    # one step
+    (LIF, "constant(v, 1.0 / TAU), v)", "constant(v, 1.0 / TAU), v * 0.99)"),
+    (LIF, "return tl.where(h >= V_THRESHOLD, 1.0, 0.0)", "return tl.where(h > V_THRESHOLD, 1.0, 0.0)"),
+    (LIF, "tl.where(h >= V_THRESHOLD, h - V_THRESHOLD, h)", "h"),
+    (LIF, "constant(h, V_RESET)", "constant(h, 0.0)"),
+    (LIF, "grad_spike - grad_v * V_THRESHOLD", "grad_spike + grad_v * V_THRESHOLD"),
+    (LIF, "grad_v * (V_RESET - h)", "grad_v * (0.0 - h)"),
+    (LIF, "through_reset = tl.where(h >= V_THRESHOLD, 0.0, grad_v)", "through_reset = grad_v"),
+    (LIF, "surrogate_derivative_triton(h - V_THRESHOLD", "surrogate_derivative_triton(h - 1.0"),
+    # the layer alone
+    (LIF, "v = tl.load(v0_ptr + neuron, mask, 0.0)", "v = tl.zeros([BLOCK], COMPUTE)"),
+    (LIF, "tl.store(v_end_ptr + neuron, v, mask)", "tl.store(v_end_ptr + neuron, h, mask)"),
+    (LIF, "grad_v = tl.load(grad_v_end_ptr + neuron, mask, 0.0)", "pass"),
+    (LIF, "(grad_h * (1.0 / TAU)).to(grad_x_ptr", "grad_h.to(grad_x_ptr"),
+    (LIF, "grad_v = grad_h * (1.0 - 1.0 / TAU)", "grad_v = grad_h"),
+    (LIF, "elements_before(t + 1, neurons)", "elements_before(t, neurons)"),
+    (LIF, "elements_before(STEPS - 2 - back, neurons)", "elements_before(STEPS - 1 - back, neurons)"),
+    (LIF, "mask = neuron < neurons", "mask = neuron < neurons - 1"),
+    # surrogates
+    (SURROGATES, "(0.5 * ALPHA) * root * root", "(0.5 * ALPHA) * root"),
+    (SURROGATES, "scaled = z * (1.5707963267948966 * ALPHA)", "scaled = z * 1.5707963267948966"),
+    (SURROGATES, "return ALPHA * decay / ((1.0 + decay)", "return decay / ((1.0 + decay)"),
+    (SURROGATES, "tl.maximum(ALPHA - (ALPHA * ALPHA)", "tl.maximum(ALPHA - ALPHA"),
+    # statistics
+    (NORM, "end = tl.minimum(first + tiles * ROWS, rows)", "end = rows"),
+    (NORM, "first + tile * ROWS + tl.arange(0, ROWS)[:, None] < rows", "first + tl.arange(0, ROWS)[:, None] < rows"),
+    (NORM, "tl.sum(square + count * away * away, 0)", "tl.sum(square, 0)"),
+    (NORM, "share * away * away, 0.0)", "0.0, 0.0)"),
+    (NORM, "tl.minimum(rows_each, tl.maximum(rows - program * rows_each, 0))", "rows_each + 0 * program"),
+    (NORM, "square / (rows - 1) - running_var", "square / rows - running_var"),
+    (NORM, "momentum * (mean - running_mean)", "momentum * mean"),
+    (NORM, "tl.load(batches_ptr) + steps", "tl.load(batches_ptr) + 1"),
+    (NORM, "for first in range(0, programs, PROGRAMS):", "for first in range(0, PROGRAMS, PROGRAMS):"),
+    # forward
+    (NORM, "scale = tl.load(inverse_ptr + of_step + column, is_channel, 0.0) * weight", "scale = weight"),
+    (NORM, "y += added[inner_step].to(COMPUTE)", "y += added[0].to(COMPUTE)"),
+    (NORM, "y = rounded.to(COMPUTE)", "pass"),
+    (NORM, "here + AHEAD * step_elements, mask, 0.0),)", "here, mask, 0.0),)"),
+    (NORM, "_load_if_any(residual_ptr, here + AHEAD * step_elements", "_load_if_any(residual_ptr, here"),
+    (NORM, "(four * 0.25)", "(four * 0.5)"),
+    (NORM, "row = (2 * line + part // 2) * width + 2 * place + part % 2", "row = row + 0 * width"),
+    (NORM, "is_window = (window < rows // 4)", "is_window = (window < rows // 4 - 1)"),
+    (NORM, "v = tl.load(v0_ptr + at, mask, 0.0)", "pass"),
+    (NORM, "tl.store(v_end_ptr + at, v, mask)", "tl.store(v_end_ptr + at, h, mask)"),
+    # backward
+    (NORM, "tl.fma(grad_y, centred, centred_sums[back])", "tl.fma(grad_y, centred, centred_sums[0])"),
+    (NORM, "(sums[back] + grad_y,)", "(grad_y,)"),
+    (NORM, "sums, centred_sums = new_sums, new_centred", "sums, centred_sums = new_sums, centred_sums"),
+    (NORM, "grad_y += grad_sum.to(COMPUTE) * (0.25 if POOL else 1.0)", "grad_y += grad_sum.to(COMPUTE)"),
+    (NORM, "grad_v = tl.load(grad_v_end_ptr + at, mask, 0.0)", "pass"),
+    (NORM, "grad_y = grad_h * (1.0 / TAU)", "grad_y = grad_h"),
+    (NORM, "tl.store(grad_v0_ptr + at, grad_v, mask)", "tl.store(grad_v0_ptr + at, grad_v * TAU, mask)"),
+    (NORM, "step - AHEAD, at", "step, at"),
+    (NORM, "(factor * centred + offset)", "(factor * centred)"),
+    (NORM, "(factor * centred + offset)", "offset"),
+    (NORM, "h = charge(y, v, TAU)\n        charged", "h = charge(y, v * 0.5, TAU)\n        charged"),
+    (NORM, "return mean.shape[1] if mean.shape[0] > 1 else 0", "return mean.shape[1]"),
+    (NORM, "return mean.shape[1] if mean.shape[0] > 1 else 0", "return 0"),
+    # operators
+    (OPERATORS, "grad_weight = (sums[:, 1] * inverse_deviation)", "grad_weight = sums[:, 1]"),
+    (OPERATORS, "grad_bias = sums[:, 0]", "grad_bias = sums[:, 1]"),
+    (OPERATORS, "inverse_deviation.square() * sums[:, 1]", "inverse_deviation * sums[:, 1]"),
+    (OPERATORS, "if not ctx.keep_sum:", "if False:"),
+    (OPERATORS, "not ctx.keep_v:\n        grad_v_end = None\n    fire", "True:\n        grad_v_end = None\n    fire"),
+    (OPERATORS, "laid_out_as(grad_spikes, current)", "grad_spikes"),
+    (OPERATORS, "return None if gradient is None else laid_out_as(gradient, x)", "return gradient"),
+    (OPERATORS, "return None if v is None else laid_out_as(v, x[0], membrane_dtype(x.dtype))", "return v"),
+    (OPERATORS, "None if residual is None else laid_out_as(residual, x)", "residual"),
+    (OPERATORS, "torch.empty_like(x) if fire else", "torch.empty_like(x, dtype=torch.float32) if fire else"),
+    (OPERATORS, "return torch.empty_like(current), v_end", "return torch.empty_like(current).float(), v_end"),
+    # the modules above
+    (MODULE, "type(neuron) is LIF and", "neuron is not None and"),
+    (MODULE, "x.shape[0] <= MAX_STEPS", "True"),
+    (MODULE, "spikes = neuron.counted(spikes) if fires_here", "spikes = spikes if fires_here"),
+    (MODULE, "pools_here = pool and residual is None and (fires_here or neuron is None)", "pools_here = pool"),
+    (STEM, "neuron=next_neuron, pool=True)", "neuron=None, pool=True)"),
+    # others
+    (GEGLU, "gate * (0.5 + 0.5 * tl.erf", "gate * (0.5 + 0.4 * tl.erf"),
+    (GEGLU, "(below + gate * density)", "below"),
+    (GEGLU, "at + (at // hidden) * hidden", "at"),
+    (GEGLU, "tl.store(grad_x_ptr + first + hidden, grad_gate", "tl.store(grad_x_ptr + first + hidden, grad"),
+    (PACKING, "tl.sum(ones, 1).to(tl.uint8), byte * 8", "tl.sum(ones, 1).to(tl.uint8), byte * 9"),
+    (PACKING, "tl.where(spikes > 0.0, 1, 0) << bit[None, :]", "tl.where(spikes > 0.0, 1, 0)"),
+    (PACKING, "(packed[:, None] >> bit[None, :]) & 1", "(packed[:, None] >> bit[None, :])"),
+    (SPLIT, "tl.where(colour == 0, MEAN_R", "tl.where(colour == 0, MEAN_G"),
+    (SPLIT, "(step * segments + segment)", "(segment * 1 + step)"),
+    (SPLIT, "((frame - key) * scale)", "(frame * scale - key * scale)"),
+]  # fmt: skip
+
+
+def noticed(folder: Path, tests: list[str]) -> str | None:
+    """The first test that fails in the copy, or None."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--tb=no", *tests]
+    result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=900)
+    failed = [line.split()[1] for line in result.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    return failed[0] if failed else None
+
+
+def main() -> None:
+    everything = ["tests/models/kernels", "tests/models/test_fused_network.py"]
+    everything += ["--deselect", "tests/models/kernels/test_kernel_compilation.py"]
+    survivors = []
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "repository"
+        shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", ".venv", "runs", "__pycache__"))
+        for number, (path, before, after) in enumerate(MUTATIONS, start=1):
+            source = (copy / path).read_text()
+            if before not in source:
+                raise SystemExit(f"{path} has no {before!r}: the mutation is out of date")
+            (copy / path).write_text(source.replace(before, after, 1))
+            near = TESTS.get(path, "tests/models/kernels/test_batch_norm_kernels.py")
+            test = noticed(copy, [near]) or noticed(copy, everything)
+            (copy / path).write_text(source)
+            if test is None:
+                survivors.append(f"{path}: {before!r} -> {after!r}")
+            print(f"{number:3d} {path}: {before[:60]!r} -> {after[:40]!r}: {test or 'NOT NOTICED'}", flush=True)
+    print(f"{len(MUTATIONS) - len(survivors)} of {len(MUTATIONS)} noticed", *survivors, sep="\n    ")
+
+
+if __name__ == "__main__":
+    main()
