@@ -5,7 +5,7 @@ import shutil
 import pytest
 
 import dataset.index as index_module
-from dataset.index import VideoIndex, VideoInfo, probe
+from dataset.index import VideoIndex, VideoInfo, _Found, probe
 from utils.errors import UserError
 
 
@@ -26,7 +26,7 @@ def test_lookup_and_cache(videos, tmp_path, monkeypatch):
     assert found[videos[0]] == probe(videos[0]) and found[videos[0]].error is None
     assert videos[4] in found[videos[4]].error and videos[5] in found[videos[5]].error
 
-    def not_again(paths, workers):
+    def not_again(paths, workers, whole):
         raise AssertionError(f"probed again: {paths}")
 
     monkeypatch.setattr(index_module, "_probe_all", not_again)
@@ -77,24 +77,24 @@ def test_two_runs_share_a_cache(videos, tmp_path):
 def kill_the_worker_on_the_second(path):
     if path.endswith("1.avi"):
         os._exit(11)
-    return VideoInfo(frames=5)
+    return _Found(VideoInfo(frames=5), True)
 
 
 def test_a_file_that_kills_its_decoder_is_named(videos, monkeypatch):
-    monkeypatch.setattr(index_module, "_probe_or_error", kill_the_worker_on_the_second)
+    monkeypatch.setattr(index_module, "_count_or_probe", kill_the_worker_on_the_second)
     found = VideoIndex(None).lookup(videos, workers=2)
     assert "kills the decoder" in found[videos[1]].error
     assert all(found[path].frames == 5 for path in videos if path != videos[1])
 
 
 def away(path):
-    return VideoInfo(error=f"{path}: the network drive is away")
+    return _Found(VideoInfo(error=f"{path}: the network drive is away"), True)
 
 
 def test_what_could_not_be_read_is_tried_again(videos, tmp_path, monkeypatch):
     cache = tmp_path / "index.json"
     with monkeypatch.context() as patch:
-        patch.setattr(index_module, "_probe_or_error", away)
+        patch.setattr(index_module, "_count_or_probe", away)
         assert "drive is away" in VideoIndex(cache).lookup(videos[:1], workers=1)[videos[0]].error
     assert VideoIndex(cache).lookup(videos[:1], workers=1)[videos[0]].frames == 10
 
@@ -104,6 +104,7 @@ def test_a_file_that_breaks_the_code_is_named(videos, monkeypatch):
         raise MemoryError("too\nlarge")
 
     monkeypatch.setattr(index_module, "probe", strange)
+    monkeypatch.setattr(index_module, "count_packets", strange)
     assert VideoIndex(None).lookup(videos[:1], workers=1)[videos[0]].error == (
         f"{videos[0]}: cannot be decoded (MemoryError: too large)"
     )
@@ -128,8 +129,8 @@ def test_an_interrupted_start_keeps_what_it_found(videos, tmp_path, monkeypatch)
     """Hours of indexing are not lost to a Ctrl-C."""
     cache = tmp_path / "index.json"
 
-    def interrupted(paths, workers):
-        yield paths[0], probe(paths[0])
+    def interrupted(paths, workers, whole):
+        yield paths[0], probe(paths[0]), True
         raise KeyboardInterrupt
 
     monkeypatch.setattr(index_module, "_probe_all", interrupted)
