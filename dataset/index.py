@@ -77,8 +77,9 @@ def probe(path: str | os.PathLike) -> VideoInfo:
                     width, height = frame.width, frame.height
                     if round(frame.rotation / 90) % 2:
                         width, height = height, width
-                if frame.format.name not in formats:  # that it can be converted is better known now
-                    formats.add(frame.format.name)
+                pixels = frame.format.name, frame.colorspace, frame.color_trc, frame.width, frame.height
+                if pixels not in formats:  # FFmpeg decodes some that it cannot convert, such as ICtCp colours
+                    formats.add(pixels)
                     to_rgb(frame)
                 timestamps.append(frame.pts)
                 if frame.key_frame and index >= (keyframes[-1] if keyframes else 0) + FRAMES_BETWEEN_SEEK_POINTS:

@@ -30,17 +30,15 @@ def jpeg(picture: numpy.ndarray, mode="RGB", **settings) -> bytes:
     return content.getvalue()
 
 
-def mux(path, jpegs, rotation=None, times=None, size=(46, 34)):
+def mux(path, jpegs, size=(46, 34)):
     """The JPEGs as they are, into the container of the path's suffix."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream("mjpeg", rate=RATE)
         stream.width, stream.height, stream.pix_fmt = *size, "yuvj420p"
-        if rotation is not None:
-            stream.set_display_rotation(rotation)
         for number, content in enumerate(jpegs):
             packet = av.Packet(content)
             packet.stream, packet.time_base = stream, 1 / RATE
-            packet.pts = packet.dts = number if times is None else times[number]
+            packet.pts = packet.dts = number
             packet.is_keyframe = True
             container.mux(packet)
     return path
@@ -99,15 +97,23 @@ def test_only_wanted_frames_are_read(tmp_path, monkeypatch):
     assert len(decoded) == 2
 
 
-@pytest.mark.parametrize("turn", [90, 180, -90])
+MATRICES = {"quarter": (0, 1, -1, 0), "half": (-1, 0, 0, -1), "three quarters": (0, -1, 1, 0)}
+
+
+@pytest.mark.parametrize("turn", MATRICES)
 def test_rotation_of_the_container_is_applied(tmp_path, turn):
     jpegs = [jpeg(picture) for picture in pictures()]
-    path = mux(tmp_path / "a.mov", jpegs, rotation=turn)
+    path = mux(tmp_path / "a.mov", jpegs)
+    content = bytearray(path.read_bytes())
+    matrix = content.index(b"tkhd") + 44  # of the QuickTime file format: 9 numbers of 4 bytes, in 1/65536
+    for place, value in zip((0, 4, 12, 16), MATRICES[turn], strict=True):
+        content[matrix + place : matrix + place + 4] = (value * 65536).to_bytes(4, "big", signed=True)
+    path.write_bytes(content)
     with open_video(path) as container:
         quarter_turns = round(next(container.decode(video=0)).rotation / 90)
     assert quarter_turns % 4 and goes_the_fast_way(path)
     assert numpy.array_equal(decode_frames(path, [2])[0], numpy.rot90(as_pillow_decodes(jpegs[2]), quarter_turns))
-    assert (probe(path).width < probe(path).height) == (turn != 180)
+    assert (probe(path).width < probe(path).height) == (turn != "half")
 
 
 def exif(turn: int) -> Image.Exif:
