@@ -1,29 +1,36 @@
 """Clips per second through the whole loader, by number of workers; what its time goes to; its memory.
 
     python -m benchmarks.bench_loader ../shared/clips/kinetics400
+    python -m benchmarks.bench_loader ../shared/clips/kinetics400 --prepared 80 90 95 --workers 1
     python -m benchmarks.bench_loader ../shared/clips/hmdb51 ../shared/clips/ucf101 --memory
 
 Decodes, crops (as train_kinetics.py does) and collates batches of --batch-size clips. "spread" takes a
 frame of each of T segments, "contiguous" T frames in a row. The numbers of workers take turns in each
-round; medians over the rounds. --scaled first makes copies of 340 x 256 pixels, as data sets are often
+round; medians over the rounds. --prepared also measures the same files prepared by dataset.prepare at each of the
+qualities, in turn with the originals, and prints their bytes a frame and their PSNR against the originals. --scaled
+first makes copies of 340 x 256 pixels, as data sets are often
 prepared, in a temporary folder, and measures these. --memory measures one worker over --clips clips.
 """
 
 import argparse
 import json
+import math
 import statistics
 import tempfile
 import time
 from pathlib import Path
 
 import av
+import numpy
 import torch
 
 import dataset.video
 from dataset.batch_sampler import TrainBatchSampler
 from dataset.clips import VideoTable, random_clips
+from dataset.decode import decode_frames
 from dataset.frame_sampling import SegmentSampling, WindowSampling
 from dataset.index import probe
+from dataset.prepare import Settings, convert, scaled_down
 from dataset.splits import VIDEO_SUFFIXES, VideoRecord
 from dataset.transforms import multi_scale_crop
 from dataset.video import VideoDataset, collate, make_loader
@@ -39,6 +46,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("-b", "--batch-size", type=int, default=8)
     parser.add_argument("--batches", type=int, default=8, help="batches a round")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--prepared", type=int, nargs="+", default=[], metavar="QUALITY")
     parser.add_argument("--scaled", action="store_true")
     parser.add_argument("--gop", type=int, default=50, help="frames from keyframe to keyframe of --scaled")
     parser.add_argument("--memory", action="store_true")
@@ -60,35 +68,69 @@ def main() -> None:
             f"{len(known)} files of {size / 1e6:.2f} MB on average: "
             + ", ".join(sorted({f"{i.width} x {i.height}" for i in known.values()}))
         )
-        figures = measure_memory(known, args) if args.memory else measure_rates(known, args)
+        if args.memory:
+            figures = measure_memory(known, args)
+        else:
+            kinds = {"originals": known}
+            for quality in args.prepared:
+                kinds[f"quality {quality}"] = prepare_copies(paths, Path(temporary) / f"quality{quality}", quality)
+            figures = measure_rates(kinds, args)
     if args.json:
         Path(args.json).write_text(json.dumps({"settings": vars(args), "figures": figures}, indent=2, default=str))
 
 
-def measure_rates(known: dict, args) -> list[dict]:
+def prepare_copies(paths: list[Path], folder: Path, quality: int) -> dict:
+    """The files, prepared, and what is in them; prints what quality costs."""
+    folder.mkdir()
+    known, squares = {}, []
+    for number, path in enumerate(paths):
+        copy = folder / f"{number}.mov"
+        convert(str(path), copy, Settings(quality=quality))
+        known[str(copy)] = probe(copy)
+        indices = range(0, known[str(copy)].frames, 20)
+        pairs = zip(decode_frames(copy, indices), decode_frames(path, indices), strict=True)
+        squares += [numpy.square(own - scaled_down(frame, 256).astype(float)).mean() for own, frame in pairs]
+    size, frames = sum(Path(path).stat().st_size for path in known), sum(info.frames for info in known.values())
+    print(
+        f"quality {quality}: {size / frames / 1e3:.1f} KB a frame, {size / len(known) / 1e6:.2f} MB a file, "
+        f"{size / sum(path.stat().st_size for path in paths):.1f} x the originals, "
+        f"PSNR {10 * math.log10(255**2 / statistics.mean(squares)):.1f} dB"
+    )
+    return known
+
+
+def measure_rates(kinds: dict[str, dict], args) -> list[dict]:
     figures = []
     for name, sampling in (("spread", SegmentSampling(args.time)), ("contiguous", WindowSampling(args.time))):
-        loaders = {workers: make(known, sampling, args, workers) for workers in args.workers}
-        rates = {workers: [] for workers in args.workers}
+        loaders = {
+            (kind, workers): make(known, sampling, args, workers)
+            for kind, known in kinds.items()
+            for workers in args.workers
+        }
+        rates = {key: [] for key in loaders}
         for number in range(args.rounds + 1):
-            for workers, loader in loaders.items():
+            for key, loader in loaders.items():
                 start = time.perf_counter()
                 clips = one_epoch(loader, number)
                 if number > 0:  # the first starts the workers and fills the cache of files
-                    rates[workers].append(clips / (time.perf_counter() - start))
-        for workers, measured in rates.items():
-            rate, first = statistics.median(measured), statistics.median(rates[args.workers[0]])
+                    rates[key].append(clips / (time.perf_counter() - start))
+        for (kind, workers), measured in rates.items():
+            rate, first = statistics.median(measured), statistics.median(rates[kind, args.workers[0]])
+            times = [a / b for a, b in zip(measured, rates["originals", workers], strict=True)]
             print(
-                f"{name:11s} {workers:2d} workers: {rate:7.1f} clips/s ({min(measured):.1f} to {max(measured):.1f}), "
-                f"{rate / first:.2f} x {args.workers[0]} workers"
+                f"{name:11s} {kind:11s} {workers:2d} workers: {rate:7.1f} clips/s ({min(measured):.1f} to "
+                f"{max(measured):.1f}), {rate / first:.2f} x {args.workers[0]} workers, {statistics.median(times):.2f} "
+                f"({min(times):.2f} to {max(times):.2f}) x the originals"
             )
-            figures.append({"sampling": name, "workers": workers, "clips_per_second": rate})
-        shares = stages(known, sampling, args)
-        print(
-            f"{name:11s} in one process: "
-            + ", ".join(f"{stage} {100 * share:.0f} %" for stage, share in shares.items())
-        )
-        figures.append({"sampling": name, "shares": shares})
+            figures.append({"sampling": name, "files": kind, "workers": workers, "clips_per_second": rate})
+        del loaders
+        for kind, known in kinds.items():
+            shares = stages(known, sampling, args)
+            print(
+                f"{name:11s} {kind:11s} in one process: "
+                + ", ".join(f"{stage} {100 * share:.0f} %" for stage, share in shares.items())
+            )
+            figures.append({"sampling": name, "files": kind, "shares": shares})
     return figures
 
 

@@ -42,7 +42,8 @@ def damaged(content: bytes, kind: str, generator: random.Random) -> bytes:
         end = min(len(data), begin + generator.randrange(1, 50_000))
         data[begin:end] = bytes(end - begin)
     else:
-        box, first = (b"stsz", 16) if kind == "sizes" else (b"stco", 12)
+        one_chunk = data[data.index(b"stco", moov) + 8 :][:4] == b"\0\0\0\1"
+        box, first = (b"stsz", 16) if kind == "sizes" or (kind == "order" and one_chunk) else (b"stco", 12)
         begin = data.index(box, moov) + first
         count = int.from_bytes(data[begin - 4 : begin], "big")
         entries = [data[begin + 4 * n : begin + 4 * n + 4] for n in range(count)]
@@ -60,6 +61,13 @@ def damaged(content: bytes, kind: str, generator: random.Random) -> bytes:
 def verdict(path: str, frames: numpy.ndarray) -> str:
     """What reading the file gives: "right", a line (with "line: " before it), or what is wrong."""
     signal.alarm(10)  # a hang ends the process
+    try:
+        return _verdict(path, frames)
+    finally:
+        signal.alarm(0)
+
+
+def _verdict(path: str, frames: numpy.ndarray) -> str:
     lines = []
     try:
         info = probe(path)
@@ -75,10 +83,22 @@ def verdict(path: str, frames: numpy.ndarray) -> str:
             lines.append(str(error))
         except Exception as error:
             return f"WRONG: {type(error).__name__}: {error}"
-    signal.alarm(0)
     if any("\n" in line or path not in line for line in lines):
         return f"WRONG: not one line with the file's name: {lines}"
     return f"line: {lines[0]}" if lines else "right"
+
+
+def verdicts(folder: Path, source: Path, files: int, seed: int) -> list[tuple[str, str]]:
+    """(kind of damage, verdict) of so many damaged copies of a prepared file, written to the folder."""
+    frames = decode_frames(source, range(probe(source).frames))
+    content = source.read_bytes()
+    kinds = {}
+    for number in range(files):
+        path = folder / f"{number}.mov"
+        kinds[str(path)] = KINDS[number % len(KINDS)]
+        path.write_bytes(damaged(content, kinds[str(path)], random.Random(f"{seed}/{number}")))
+    found = map_in_processes(partial(verdict, frames=frames), list(kinds), 2)
+    return [(kinds[path], result or "WRONG: killed its process") for path, result in found]
 
 
 def main() -> None:
@@ -90,24 +110,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "whole.mov"
         convert(str(args.video), source, Settings(short_side=96))
-        frames = decode_frames(source, range(probe(source).frames))
-        content = source.read_bytes()
-        kinds = {}
-        for number in range(args.files):
-            kind = KINDS[number % len(KINDS)]
-            path = Path(folder) / f"{number}.mov"
-            path.write_bytes(damaged(content, kind, random.Random(f"{args.seed}/{number}")))
-            kinds[str(path)] = kind
-        counts, wrong = Counter(), 0
-        for path, found in map_in_processes(partial(verdict, frames=frames), list(kinds), 2):
-            found = found or "WRONG: killed its process"
-            counts[kinds[path], found.split(":")[0]] += 1
+        counts = Counter()
+        for kind, found in verdicts(Path(folder), source, args.files, args.seed):
+            counts[kind, found.split(":")[0]] += 1
             if found.startswith("WRONG"):
-                wrong += 1
-                print(f"{kinds[path]}: {Path(path).name}: {found}")
+                print(f"{kind}: {found}")
         for (kind, found), count in sorted(counts.items()):
             print(f"{kind}: {found}: {count}")
-    sys.exit(1 if wrong else 0)
+    sys.exit(any(found == "WRONG" for _, found in counts))
 
 
 if __name__ == "__main__":
