@@ -70,6 +70,7 @@ DEFAULTS = dict(
     crops=1,  # test crops a view: 1 or 3
     workers=None,  # data loading processes (-j); None: one a core, 8 at most
     strict=False,  # stop at a video that cannot be read
+    verify="quick",  # first look at a video file; "full" decodes every file
     # network
     model="resnet18",  # resnet18, 34, 50, 101 or 152
     weights="default",  # ImageNet weights of torchvision; "none", or the path of a state dict
@@ -196,7 +197,7 @@ def find_videos(args: argparse.Namespace, run: RunFolder) -> tuple[list[str], Vi
     split: Split = data_set.read(data_root, annotation_path, args.split)
     if args.test_only:
         split = replace(split, train=[])
-    index = VideoIndex(Path(args.index_dir) / f"{args.dset}.json")
+    index = VideoIndex(Path(args.index_dir) / f"{args.dset}.json", verify_full=args.verify == "full")
     write_list = None if args.test_only else run.write_list
     return split.classes, *readable_videos(split, index, args.strict, write_list, args.val_fraction, args.seed)
 
