@@ -30,9 +30,9 @@ from utils.runtime import Runtime, join_run, local_processes
 
 # A continuation of a run may change these without a note: they do not change what is trained.
 NOT_TRAINING_FLAGS = {
-    "resume", "run_dir", "overwrite", "workers", "index_dir", "verify", "weights", "device", "data_root", "annotation_path",
-    "train_list", "val_list", "train_root", "val_root", "checkpoint_minutes", "keep", "log_every", "test_only",
-    "lif_backend", "pack_spikes", "deterministic",
+    "resume", "run_dir", "overwrite", "workers", "index_dir", "verify", "weights", "device", "data_root",
+    "annotation_path", "train_list", "val_list", "train_root", "val_root", "checkpoint_minutes", "keep", "log_every",
+    "test_only", "lif_backend", "pack_spikes", "deterministic",
 }  # fmt: skip
 _YES_NO = argparse.BooleanOptionalAction
 
