@@ -47,7 +47,7 @@ PLANNED = {
     "_scaled_dot_product_flash_attention_backward": (8, 8),
     "respike::geglu": (4, 4),
     "respike::geglu_backward": (4, 4),
-    "clone": (13, 13),  # steps of a key frame side by side for the attention to the ANN, and back
+    "clone": (12, 12),  # steps of a key frame side by side for the attention to the ANN, and back
     # additions: the fusion blocks' skips, and gradients of what goes two ways
     "add.Tensor": (67, 54),
     # the mean over pixels
@@ -90,7 +90,7 @@ def test_everything_large_is_bfloat16(step):
 def test_everything_large_lies_channels_last_with_steps_outermost(step):
     for call in step[1]:
         for tensor in (*call.taken, *call.given):
-            if tensor.numel() * tensor.element_size() < LARGE or tensor.dim() < 4 or call.name == "clone":
+            if tensor.numel() * tensor.element_size() < LARGE or tensor.dim() < 4 or call.name in ("clone", "mean.dim"):
                 continue
             if "attention" in call.name:  # [N, heads, tokens, 32]: a view of tokens
                 assert tensor.stride(-1) == 1, call
