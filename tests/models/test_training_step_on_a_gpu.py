@@ -90,7 +90,10 @@ def test_everything_large_is_bfloat16(step):
 def test_everything_large_lies_channels_last_with_steps_outermost(step):
     for call in step[1]:
         for tensor in (*call.taken, *call.given):
-            if tensor.numel() * tensor.element_size() < LARGE or tensor.dim() < 4 or call.name in ("clone", "mean.dim"):
+            if tensor.numel() * tensor.element_size() < LARGE or tensor.dim() < 4 or call.name == "clone":
+                continue
+            if call.name in ("mean.dim", "div.Scalar"):  # the mean over pixels, channels moved last
+                assert tensor.is_contiguous() or 0 in tensor.stride(), call
                 continue
             if "attention" in call.name:  # [N, heads, tokens, 32]: a view of tokens
                 assert tensor.stride(-1) == 1, call
