@@ -7,6 +7,7 @@ utils/training/flags.py, an epoch in utils/training/engine.py, a run in utils/tr
 """
 
 import argparse
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -113,9 +114,9 @@ DEFAULTS = dict(
 # ---- data sets: to add one, write a reader in dataset/splits.py and name it here ----------------------
 @dataclass(frozen=True)
 class DataSet:
-    read: callable  # (data_root, annotation_path, split) -> Split
+    read: Callable[[str, str, int], Split]  # data_root, annotation_path, number of the split
     data_root: str
-    annotation_path: str
+    annotation_path: str | None
     flip: bool = True
     crop_area: tuple[float, float] = (0.08, 1.0)  # share of the frame that a training crop takes
 
@@ -124,7 +125,7 @@ DATA_SETS = {
     "hmdb51": DataSet(read_hmdb51, "data/hmdb51/videos", "data/hmdb51/splits"),
     "ucf101": DataSet(read_ucf101, "data/ucf101/UCF-101", "data/ucf101/ucfTrainTestlist"),
     # A flip would swap the demo's left and right; its shapes are small already.
-    "demo": DataSet(read_hmdb51, "data/demo", "made by generate_demo", flip=False, crop_area=(0.6, 1.0)),
+    "demo": DataSet(read_hmdb51, "data/demo", None, flip=False, crop_area=(0.6, 1.0)),
 }
 PUBLISHED_CLIP_STEP = 16  # frames between the windows of --clips-per-video all
 
@@ -194,7 +195,7 @@ def find_videos(args: argparse.Namespace, run: RunFolder) -> tuple[list[str], Vi
     annotation_path = args.annotation_path or data_set.annotation_path
     if args.dset == "demo":
         data_root, annotation_path = generate_demo(Path(data_root), DemoSettings(), workers=cpu_count())
-    split: Split = data_set.read(data_root, annotation_path, args.split)
+    split = data_set.read(data_root, annotation_path, args.split)
     if args.test_only:
         split = replace(split, train=[])
     index = VideoIndex(Path(args.index_dir) / f"{args.dset}.json", verify_full=args.verify == "full")
