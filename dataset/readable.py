@@ -49,8 +49,9 @@ def readable_videos(
 
     readable = replace(split, train=kept(split.train), test=kept(split.test))
     for part, before, now in (("train", split.train, readable.train), ("test", split.test, readable.test)):
-        if before and not now:
-            raise UserError(f"none of the {len(before)} videos to {part} on can be read, the first: {unreadable[0]}")
+        if not now and (before or part == "test"):
+            first = f", the first: {unreadable[0]}" if unreadable else ""
+            raise UserError(f"none of the {len(before)} videos to {part} on can be read{first}")
     train, val = readable.train, []
     if val_fraction > 0 and train:
         train, val = cut_validation(train, val_fraction, seed)
