@@ -1,4 +1,5 @@
 # make demo       set up and train on generated videos; results in runs/demo
+# make demo-prepared   prepare the demo's videos (python -m dataset.prepare) and train on the copy; as make demo
 # make demo-ann   the same command with the ANN branch alone: it cannot tell the motions apart
 # make test       set up and run every test that needs no GPU
 # make test-gpu   set up and run the tests that need a CUDA device
@@ -16,10 +17,10 @@ CLIPS ?= ../shared/clips
 DEMO := --dset demo --weights none --downsample -T 8 --stride 4 --size 64 -b 16 -lr 0.05 \
 	--clip-norm 1 --warmup-epochs 1 --epochs 6
 
-.PHONY: help setup demo demo-ann test test-gpu lint bench clean
+.PHONY: help setup demo demo-prepared demo-ann test test-gpu lint bench clean
 
 help:
-	@sed -n 's/^# //p' Makefile | head -6
+	@sed -n 's/^# make/make/p' Makefile
 
 setup: $(READY)
 
@@ -32,6 +33,10 @@ $(READY): requirements.txt requirements-dev.txt $(CONSTRAINTS)
 
 demo: $(READY)
 	$(BIN)/python train_fusion.py $(DEMO) --run-dir runs/demo --overwrite
+
+demo-prepared: $(READY)
+	$(BIN)/python -m dataset.prepare --dset demo --data-root data/demo --out data/demo-prepared
+	$(BIN)/python train_fusion.py $(DEMO) --data-root data/demo-prepared --run-dir runs/demo-prepared --overwrite
 
 demo-ann: $(READY)
 	$(BIN)/python train_fusion.py $(DEMO) --branches ann --run-dir runs/demo-ann --overwrite

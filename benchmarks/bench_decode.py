@@ -1,18 +1,23 @@
 """Clips per second out of video files in one thread, beside torchcodec and decord where installed.
 
     python -m benchmarks.bench_decode ../shared/clips
+    python -m benchmarks.bench_decode ../shared/clips --only kinetics400 --prepared
 
 Reads 16-frame clips of every readable video under a folder: contiguous (a random window, as training
 reads HMDB-51 and UCF-101) and spread (one frame in each of 16 segments). Every decoder gets the same
 files and indices and opens the file anew for each clip, as a data loader's random access does;
 decoders take turns, the figures are medians over rounds. "indexed" uses the seek points that
-`dataset.index` caches once for a data set; "not indexed" decodes from the start.
+`dataset.index` caches once for a data set; "not indexed" decodes from the start. --prepared also reads the same
+frames from copies that dataset.prepare makes, with decode_frames and with torchcodec; decode_frames on these copies
+is then what the others are compared with.
 """
 
 import argparse
+import contextlib
 import json
 import random
 import statistics
+import tempfile
 import time
 from pathlib import Path
 
@@ -20,21 +25,38 @@ import numpy
 
 from dataset.decode import VideoError, decode_frames
 from dataset.index import probe
+from dataset.prepare import Settings, convert
 from dataset.splits import VIDEO_SUFFIXES
 
 CLIP_FRAMES = 16
 
 
 def main() -> None:
+    with contextlib.ExitStack() as stack:
+        measure(stack)
+
+
+def measure(stack: contextlib.ExitStack) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="videos, in any depth")
     parser.add_argument("--clips", type=int, default=4, help="clips a file and round")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--prepared", action="store_true")
+    parser.add_argument("--only", help="the videos of this folder alone, of those below `folder`")
     parser.add_argument("--json", help="write the figures to this file")
     args = parser.parse_args()
 
-    infos = readable(args.folder)
+    infos = readable(args.folder, args.only)
     decoders = available_decoders(infos)
+    ours = "ours, indexed"
+    if args.prepared:
+        copies = prepared_copies(infos, stack)
+        decoders |= {
+            f"{name.split(',')[0]}, prepared": (on_copies(decode, copies), version)
+            for name, (decode, version) in decoders.items()
+            if name in ("ours, not indexed", "torchcodec")
+        }
+        ours = "ours, prepared"
     print(
         f"{len(infos)} videos, {CLIP_FRAMES}-frame clips, 1 thread, {args.clips} clips a file and round, "
         f"medians of {args.rounds} rounds"
@@ -52,14 +74,13 @@ def main() -> None:
                     elapsed = run(decode, work, failed, name)
                     if round_number > 0:
                         seconds[name].append(elapsed)
-            ours = seconds["ours, indexed"]
             clips = len(work)
             for name, times in seconds.items():
                 if name in failed:
-                    print(f"{group:12s} {sampling:11s} {name:18s} failed on some of these files")
+                    print(f"{group:12s} {sampling:11s} {name:20s} failed on some of these files")
                     continue
                 rate = clips / statistics.median(times)
-                ratio = statistics.median(b / a for a, b in zip(ours, times, strict=True))
+                ratio = statistics.median(b / a for a, b in zip(seconds[ours], times, strict=True))
                 figures.append(
                     {
                         "group": group,
@@ -69,16 +90,27 @@ def main() -> None:
                         "ours_is_faster_by": ratio,
                     }
                 )
-                print(
-                    f"{group:12s} {sampling:11s} {name:18s} {rate:8.1f} clips/s   ours, indexed is {ratio:.2f}x as fast"
-                )
+                print(f"{group:12s} {sampling:11s} {name:20s} {rate:8.1f} clips/s   {ours} is {ratio:.2f}x as fast")
     if args.json:
         Path(args.json).write_text(json.dumps(figures, indent=2))
 
 
-def readable(folder: Path) -> dict[Path, object]:
+def prepared_copies(infos: dict, stack: contextlib.ExitStack) -> dict[Path, Path]:
+    """A prepared copy of each video, in a folder that lives as long as the stack."""
+    folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+    copies = {path: folder / f"{number}.mov" for number, path in enumerate(infos)}
+    for path, copy in copies.items():
+        convert(str(path), copy, Settings())
+    return copies
+
+
+def on_copies(decode, copies: dict[Path, Path]):
+    return lambda path, indices: decode(copies[path], indices)
+
+
+def readable(folder: Path, only: str | None) -> dict[Path, object]:
     infos = {}
-    for path in sorted(folder.rglob("*")):
+    for path in sorted((folder / only if only else folder).rglob("*")):
         if path.suffix.lower() in VIDEO_SUFFIXES:
             try:
                 infos[path] = probe(path)

@@ -3,9 +3,9 @@
     python -m benchmarks.bench_index ../shared/clips/hmdb51 ../shared/clips/ucf101 ../shared/clips/kinetics400
 
 Makes hard links (or copies, across file systems) of the given folders' videos until there are
---files of them, in a temporary folder, and looks them up in a new index: cold, over --cold of them,
-once; then warm, over all, five times. Last, what train_kinetics.py does with them as lists: read the
-lists, look for the files, look them up, make the loaders.
+--files of them, in a temporary folder, and looks them up in a new index: cold, over --cold of them, by their
+packets and decoded whole (--verify full), in turn, --rounds times; then warm, over all, five times. Last, what
+train_kinetics.py does with them as lists: read the lists, look for the files, look them up, make the loaders.
 """
 
 import argparse
@@ -18,11 +18,10 @@ import statistics
 import sys
 import tempfile
 import time
-from dataclasses import asdict
 from pathlib import Path
 
 import train_kinetics
-from dataset.index import VideoIndex, _stamp, probe
+from dataset.index import VideoIndex, _entry, _stamp, probe
 from dataset.splits import VIDEO_SUFFIXES
 from utils.device import cpu_count
 from utils.run_folder import RunFolder
@@ -34,6 +33,7 @@ def main() -> None:
     parser.add_argument("folders", type=Path, nargs="+")
     parser.add_argument("--files", type=int, default=10_000)
     parser.add_argument("--cold", type=int, default=1_000)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--workers", type=int, default=cpu_count())
     args = parser.parse_args()
     sources = [p for folder in args.folders for p in sorted(folder.rglob("*")) if p.suffix.lower() in VIDEO_SUFFIXES]
@@ -48,20 +48,31 @@ def main() -> None:
                 shutil.copyfile(source, target)
             paths.append(str(target))
 
-        start = time.perf_counter()
-        found = VideoIndex(Path(temporary) / "cold.json").lookup(paths[: args.cold], args.workers)
-        seconds = time.perf_counter() - start
-        alone = seconds * args.workers
-        frames = sum(info.frames for info in found.values())
+        taken, found = {False: [], True: []}, {}
+        for _ in range(args.rounds):
+            for whole, seconds in taken.items():
+                start = time.perf_counter()
+                found[whole] = VideoIndex(None, verify_full=whole).lookup(paths[: args.cold], args.workers)
+                seconds.append(time.perf_counter() - start)
+        frames = sum(info.frames for info in found[True].values())
+        for whole, name in ((True, "decoded whole"), (False, "by packets")):
+            seconds = statistics.median(taken[whole])
+            print(
+                f"cold, {name}: {args.cold} files, {frames} frames, {args.workers} workers: "
+                f"{args.cold / seconds:.0f} files/s, {frames / seconds / args.workers:.0f} frames/s a worker"
+            )
+        ratios = [a / b for a, b in zip(taken[True], taken[False], strict=True)]
         print(
-            f"cold: {args.cold} files, {frames} frames, {args.workers} workers: {args.cold / seconds:.0f} files/s; "
-            f"a worker: {args.cold / alone:.0f} files/s, {frames / alone:.0f} frames/s"
+            f"cold, by packets: {statistics.median(ratios):.2f} x as fast ({min(ratios):.2f} to {max(ratios):.2f}); "
+            f"the entries are {'the same' if found[True] == found[False] else 'NOT the same'}"
         )
 
         # The rest of the index is filled in: decoding all 10,000 would only repeat the figure above.
-        infos = [asdict(probe(source)) for source in sources]
+        infos = [probe(source) for source in sources]
         index = VideoIndex(Path(temporary) / "warm.json")
-        index._entries = {path: [_stamp(path), infos[number % len(sources)]] for number, path in enumerate(paths)}
+        index._entries = {
+            path: _entry(path, _stamp(path), infos[number % len(sources)], True) for number, path in enumerate(paths)
+        }
         index._save()
         times = []
         for _ in range(5):

@@ -46,17 +46,24 @@ def decode_frames(
         raise ValueError(f"decode_frames: indices count from 0, got {min(indices)}")
     try:
         try:
-            frames = _decode_wanted(path, sorted(set(indices)), sorted(seek_points))
+            return _clip(_wanted_frames(path, sorted(set(indices)), sorted(seek_points)), indices)
         except _SeekMissedError:  # the file is not the one that was indexed, or its demuxer is not exact
-            frames = _decode_wanted(path, sorted(set(indices)), ())
+            return _clip(_wanted_frames(path, sorted(set(indices)), ()), indices)
     except VideoError:
         raise
     except (av.error.FFmpegError, OSError, ValueError) as error:
         raise VideoError(f"{path}: cannot be decoded ({reason(error)})") from error
-    first = frames[indices[0]]
-    clip = numpy.empty((len(indices), *first.shape), dtype=numpy.uint8)
-    for position, index in enumerate(indices):
-        clip[position] = frames[index]
+
+
+def _clip(frames: Iterator[tuple[int, numpy.ndarray]], indices: list[int]) -> numpy.ndarray:
+    """uint8 [len(indices), H, W, 3]. Each frame is copied as it comes, so that the next one takes its memory again."""
+    clip = None
+    for index, frame in frames:
+        if clip is None:
+            clip = numpy.empty((len(indices), *frame.shape), dtype=numpy.uint8)
+        for position, wanted in enumerate(indices):
+            if wanted == index:
+                clip[position] = frame
     return clip
 
 
@@ -100,9 +107,10 @@ class _SeekMissedError(Exception):
     pass
 
 
-def _decode_wanted(
+def _wanted_frames(
     path: str | os.PathLike, wanted: list[int], seek_points: Sequence[SeekPoint]
-) -> dict[int, numpy.ndarray]:
+) -> Iterator[tuple[int, numpy.ndarray]]:
+    """(index, frame) of each of the sorted indices."""
     with open_video(path) as container:
         stream = video_stream(container, path)
         jpegs = JPEGVideo.open(path, container, stream)
@@ -110,11 +118,11 @@ def _decode_wanted(
             with jpegs:
                 if wanted[-1] >= len(jpegs):
                     raise _too_few(path, wanted[-1], len(jpegs))
-                return {index: jpegs.frame(index) for index in wanted}
+                yield from ((index, jpegs.frame(index)) for index in wanted)
+            return
         to_rgb = RGBConverter()
         frames = decoded(container, stream)
         position = 0  # index of the frame that `frames` gives next
-        found = {}
         for index in wanted:
             point = _best_seek_point(seek_points, index)
             if point is not None and point.index > position + _SEEK_COST_FRAMES:
@@ -123,11 +131,10 @@ def _decode_wanted(
             for frame in frames:
                 position += 1
                 if position > index:
-                    found[index] = to_rgb(frame)
+                    yield index, to_rgb(frame)
                     break
             else:
                 raise _too_few(path, index, position)
-        return found
 
 
 def _too_few(path: str | os.PathLike, index: int, frames: int) -> VideoError:

@@ -18,10 +18,13 @@ from PIL import Image
 
 from dataset.container import open_video, video_stream
 
-try:
-    from torchvision.io import ImageReadMode, decode_jpeg
-except ImportError:  # it is deprecated from torchvision 0.29 on
-    decode_jpeg = None
+try:  # The operator behind torchvision.io.decode_jpeg. That is deprecated and says so at each call, which takes time.
+    import torchvision  # noqa: F401
+
+    _decode_jpeg = torch.ops.image.decode_jpeg
+except (ImportError, AttributeError):
+    _decode_jpeg = None
+_RGB = 3  # torchvision.io.ImageReadMode.RGB
 
 # Bytes from an index entry's position to the frame's data: an AVI entry points to the chunk's header.
 _HEADER_BYTES = {"mov": 0, "avi": 8}
@@ -121,9 +124,9 @@ class JPEGVideo:
 
 def _decode(data: numpy.ndarray) -> numpy.ndarray:
     """uint8 RGB [H, W, 3]. Both are libjpeg-turbo, and give the same; Pillow takes 1.2x the time."""
-    if decode_jpeg is None:
+    if _decode_jpeg is None:
         return numpy.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
-    picture = decode_jpeg(torch.from_numpy(data), ImageReadMode.RGB)  # [3, H, W], of [H, W, 3] in memory
+    picture = _decode_jpeg(torch.from_numpy(data), _RGB, False)  # [3, H, W], of [H, W, 3] in memory
     return picture.permute(1, 2, 0).numpy()
 
 

@@ -84,7 +84,7 @@ def test_frames_are_what_a_jpeg_decoder_gives(tmp_path, suffix, mode, settings, 
 def test_without_torchvisions_decoder_frames_are_the_same(tmp_path, monkeypatch):
     path = mux(tmp_path / "a.mov", [jpeg(picture) for picture in pictures()])
     frames = decode_frames(path, range(6))
-    monkeypatch.setattr(module, "decode_jpeg", None)
+    monkeypatch.setattr(module, "_decode_jpeg", None)
     assert numpy.array_equal(decode_frames(path, range(6)), frames)
 
 
