@@ -220,8 +220,8 @@ def _backward_sums_kernel(
     SURROGATE: tl.constexpr, ALPHA: tl.constexpr, DETACH_RESET: tl.constexpr,
     COMPUTE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Sums of dy and dy (x - mean) over some tiles, in every lane first, then over lanes; and dy itself where the
-    residual needs it."""
+    """Sums of dy and dy (x - mean) over some tiles, in every lane first, then over lanes. Stores dy if
+    the residual needs it."""
     sums, centred_sums = (), ()
     for _ in tl.static_range(STEPS):
         sums = sums + (tl.zeros([ROWS, COLUMNS], COMPUTE),)
@@ -465,7 +465,7 @@ def launch_forward(
     total: Tensor | None, spikes: Tensor | None, v_end: Tensor | None, pool: bool, p: LIFParameters,
 ) -> None:  # fmt: skip
     """Fills total [S, N, C, ...] = batch norm + residual, or its averages over 2x2 pixels, and spikes with v_end
-    [N, C, ...], where given."""
+    [N, C, ...], if they are given."""
     fires = spikes is not None
     geometry = _Geometry(x, fires, VALUES, pool)
     with torch.cuda.device_of(x):
