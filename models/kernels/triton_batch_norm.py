@@ -392,6 +392,7 @@ REDUCED_VALUES = {4: 4, 8: 2, MAX_STEPS: 1}  # likewise, where sums of every ste
 # all programs of a reduction run at once, and none of them is alone at the end.
 PROGRAMS_OF_MOMENTS = 4 * 132
 PROGRAMS_OF_SUMS = 2 * 132
+PARTIALS_AT_ONCE = 128  # of the moments kernel's results, when they are put together
 
 
 class _Geometry:
@@ -454,7 +455,7 @@ def launch_moments(
         _statistics_kernel[(triton.cdiv(geometry.channels, columns),)](
             means, squares, mean, variance, running_mean, running_var, batches,
             grid[0], geometry.steps, geometry.channels, geometry.rows, tiles * geometry.tile_rows, momentum,
-            COMPUTE=compute_type(x.dtype), PROGRAMS=128, COLUMNS=columns, num_warps=8,
+            COMPUTE=compute_type(x.dtype), PROGRAMS=PARTIALS_AT_ONCE, COLUMNS=columns, num_warps=8,
         )  # fmt: skip
     return mean, variance
 

@@ -173,6 +173,7 @@ def test_statistics_and_sums_of_many_programs(monkeypatch, layout):
     """Tiles are shared between programs, the last of which has fewer rows than the others."""
     monkeypatch.setattr(triton_batch_norm, "PROGRAMS_OF_MOMENTS", 10)
     monkeypatch.setattr(triton_batch_norm, "PROGRAMS_OF_SUMS", 3)
+    monkeypatch.setattr(triton_batch_norm, "PARTIALS_AT_ONCE", 2)
     monkeypatch.setattr(triton_batch_norm, "WARPS", 2)
     x, weight, bias, _ = make((2, 3, 5, 31, 37), torch.float64, layout, False)
     mean, variance = operators.moments(x)
