@@ -1,4 +1,4 @@
-"""Split clips into key frames and residual frames, on whatever device they are."""
+"""Split clips into key frames and residual frames, on the device that they are on."""
 
 import functools
 
@@ -46,7 +46,7 @@ def key_residual_split(clip: Tensor, stride: int, dtype: torch.dtype | None = No
 
     Returns key [B, T/stride, 3, H, W] and residual [B, T/stride, stride-1, 3, H, W], in `dtype`; None:
     the clip's type, float32 from uint8. Both lie in memory channels-last and the residual time first, as
-    the network reads them. Raises UserError where stride is below 2 or does not divide T.
+    the network reads them. Raises UserError if stride is below 2 or does not divide T.
     """
     if clip.dim() != 5 or clip.shape[2] != 3:
         raise UserError(f"clip must be [B, T, 3, H, W], got {list(clip.shape)}")

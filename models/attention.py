@@ -52,7 +52,7 @@ class LayerNorm(nn.LayerNorm):
     write twice the bytes."""
 
     def forward(self, x: Tensor) -> Tensor:
-        with _without_autocast(x):
+        with _no_autocast(x):
             return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
 
@@ -60,7 +60,7 @@ class GroupNorm(nn.GroupNorm):
     """Group norm of [N, C, H, W], likewise."""
 
     def forward(self, x: Tensor) -> Tensor:
-        with _without_autocast(x):
+        with _no_autocast(x):
             return F.group_norm(x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
 
@@ -112,11 +112,6 @@ class CrossAttentionFusion(nn.Module):
         return fused.to(snn.dtype).unflatten(0, (steps, frames))
 
 
-def _without_autocast(x: Tensor) -> contextlib.AbstractContextManager:
-    # The meta device, on which shapes and operations are counted, has no autocast.
-    return contextlib.nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
-
-
 def upsample_tokens(tokens: Tensor, height: int, width: int, factor: int) -> Tensor:
     """[N, HW, C] -> [N, factor^2 HW, C]: bilinear upsampling (`F.interpolate` without align_corners), in the type of
     `tokens`.
@@ -126,7 +121,7 @@ def upsample_tokens(tokens: Tensor, height: int, width: int, factor: int) -> Ten
     """
     make = _bilinear_matrix.__wrapped__ if torch.compiler.is_compiling() else _bilinear_matrix
     matrix = make(height, width, factor, tokens.dtype, tokens.device)
-    with _without_autocast(tokens):
+    with _no_autocast(tokens):
         return torch.bmm(matrix.expand(len(tokens), -1, -1), tokens)
 
 
@@ -142,6 +137,11 @@ def _bilinear_matrix(height: int, width: int, factor: int, dtype: torch.dtype, d
 
     with torch.inference_mode(False), torch.no_grad():  # so that a cached matrix can be used in training
         return torch.kron(along(height), along(width)).to(dtype)
+
+
+def _no_autocast(x: Tensor) -> contextlib.AbstractContextManager:
+    """Operators compute in the types they are given. (Device "meta" has no autocast to switch off.)"""
+    return contextlib.nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
 def _to_tokens(x: Tensor) -> Tensor:

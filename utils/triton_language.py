@@ -1,12 +1,12 @@
-"""Triton, where there is one; elsewhere what lets the modules of kernels be imported."""
+"""Triton if it is installed, else stand-ins so that the modules of kernels can be imported."""
 
 import functools
 import os
 
 import torch
 
-# Whether products and sums may be one rounding: newer versions of Triton ask to be told. Where it matters the kernels
-# say it themselves.
+# Products and sums may be one rounding; newer versions of Triton want this to be set. If it matters, the kernels name
+# the rounding themselves.
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 try:
     import triton

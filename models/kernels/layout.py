@@ -10,7 +10,7 @@ def memory_order(x: Tensor) -> list[int]:
 
 
 def steps_outermost(x: Tensor) -> Tensor:
-    """[S, ...] without gaps in memory, step after step: itself where it is (contiguous, channels-last, any
+    """[S, ...] itself if it has no gaps in memory and lies step after step (contiguous, channels-last, any
     order of the other dimensions), else a contiguous copy."""
     return x if x.permute(0, *memory_order(x)).is_contiguous() else x.contiguous()
 
@@ -21,12 +21,12 @@ def is_channels_last(x: Tensor) -> bool:
 
 
 def channels_known(x: Tensor) -> Tensor:
-    """[S, N, C, ...] contiguous or channels-last: itself where it is, else a contiguous copy."""
+    """[S, N, C, ...] itself if it is contiguous or channels-last, else a contiguous copy."""
     return x if x.is_contiguous() or is_channels_last(x) else x.contiguous()
 
 
 def laid_out_as(x: Tensor, other: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """x with the strides of `other`, and of `dtype`: itself where it is, else a copy."""
+    """x itself if it has the strides of `other` and the type `dtype`, else a copy that has."""
     dtype = dtype or x.dtype
     if x.dtype == dtype and all(
         a == b for a, b, size in zip(x.stride(), other.stride(), x.shape, strict=True) if size > 1

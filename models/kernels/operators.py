@@ -42,7 +42,7 @@ def lif_backward(
     current: Tensor, v0: Tensor | None, grad_spikes: Tensor | None, grad_v_end: Tensor | None, needs_v0: bool,
     tau: float, v_threshold: float, v_reset: float | None, surrogate: str, alpha: float, detach_reset: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Gradients of `current` and, where asked for, v0."""
+    """Gradients of `current` and, if `needs_v0`, of v0."""
     current = steps_outermost(current)
     grad_current, grad_v0 = _like_lif_backward(current, needs_v0)
     if grad_spikes is not None:
@@ -146,8 +146,8 @@ def batch_norm_backward_sums(
     needs_v0: bool, fire: bool, pool: bool,
     tau: float, v_threshold: float, v_reset: float | None, surrogate: str, alpha: float, detach_reset: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(sums over rows of dy and of dy (x - mean) [S, 2, C], dy, gradient of v0), dy being the gradient of
-    what batch norm gives. dy is written where `total`, the forward pass's sum, is given."""
+    """(sums over rows of dy and of dy (x - mean) [S, 2, C], dy, gradient of v0). dy is the gradient of
+    the result of batch norm. dy is written if `total`, the forward pass's sum, is given."""
     x = channels_known(x)
     sums, grad_y, grad_v0 = _like_backward_sums(x, mean, total is not None, needs_v0)
     if x.numel():

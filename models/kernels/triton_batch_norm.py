@@ -220,8 +220,8 @@ def _backward_sums_kernel(
     SURROGATE: tl.constexpr, ALPHA: tl.constexpr, DETACH_RESET: tl.constexpr,
     COMPUTE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Sums of dy and dy (x - mean) over some tiles, in every lane first, then over lanes; and dy itself where the
-    residual needs it."""
+    """Sums of dy and dy (x - mean) over some tiles, in every lane first, then over lanes. Stores dy if
+    the residual needs it."""
     sums, centred_sums = (), ()
     for _ in tl.static_range(STEPS):
         sums = sums + (tl.zeros([ROWS, COLUMNS], COMPUTE),)
@@ -392,6 +392,7 @@ REDUCED_VALUES = {4: 4, 8: 2, MAX_STEPS: 1}  # likewise, where sums of every ste
 # all programs of a reduction run at once, and none of them is alone at the end.
 PROGRAMS_OF_MOMENTS = 4 * 132
 PROGRAMS_OF_SUMS = 2 * 132
+PARTIALS_AT_ONCE = 128  # of the moments kernel's results, when they are put together
 
 
 class _Geometry:
@@ -454,7 +455,7 @@ def launch_moments(
         _statistics_kernel[(triton.cdiv(geometry.channels, columns),)](
             means, squares, mean, variance, running_mean, running_var, batches,
             grid[0], geometry.steps, geometry.channels, geometry.rows, tiles * geometry.tile_rows, momentum,
-            COMPUTE=compute_type(x.dtype), PROGRAMS=128, COLUMNS=columns, num_warps=8,
+            COMPUTE=compute_type(x.dtype), PROGRAMS=PARTIALS_AT_ONCE, COLUMNS=columns, num_warps=8,
         )  # fmt: skip
     return mean, variance
 
@@ -465,7 +466,7 @@ def launch_forward(
     total: Tensor | None, spikes: Tensor | None, v_end: Tensor | None, pool: bool, p: LIFParameters,
 ) -> None:  # fmt: skip
     """Fills total [S, N, C, ...] = batch norm + residual, or its averages over 2x2 pixels, and spikes with v_end
-    [N, C, ...], where given."""
+    [N, C, ...], if they are given."""
     fires = spikes is not None
     geometry = _Geometry(x, fires, VALUES, pool)
     with torch.cuda.device_of(x):

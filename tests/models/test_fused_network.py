@@ -99,6 +99,12 @@ def test_spikes_are_written_in_the_type_that_convolutions_compute_in():
     assert calls.spikes == {torch.bfloat16} and calls.operators["lif"] == 3
 
 
+def test_convolutions_are_the_same_every_time_here():
+    """On a GPU; else tolerances of 1e-4 and exact spikes would fail now and then (`exact_on_a_gpu`)."""
+    assert torch.backends.cudnn.deterministic and not torch.backends.cudnn.benchmark
+    assert not torch.backends.cudnn.allow_tf32 and torch.get_float32_matmul_precision() == "highest"
+
+
 @pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "auto"])
 def test_backends_agree_on_a_training_step(backend):
     skip_without_spikingjelly(backend)

@@ -44,6 +44,7 @@ def test_loads_are_as_wide_as_they_can_be(compiled):
 def test_steps_are_loaded_ahead_of_stores(compiled):
     """A forward kernel asks for at least the second step before it writes the first: the compiler moves no load past
     a store."""
+    compiled = [kernel for kernel in compiled if kernel["dtype"] == "torch.bfloat16"]
     forward = [kernel for kernel in compiled if kernel["kernel"] == "_forward_kernel" and kernel["fires"]]
     assert len(forward) >= 6
     for kernel in forward:

@@ -1,0 +1,129 @@
+"""What a training step moves and computes on a GPU, counted without one, and what the host does meanwhile.
+
+    python -m benchmarks.count_step --model resnet50 -b 32
+
+Bytes: every operator's operands and results, each once, for tensors without memory that PyTorch takes for CUDA ones;
+bfloat16 autocast, forward and backward (the optimizer is not counted). A kernel that reads its input twice is counted
+as if it read it once: the true figure is higher. Operations: those of convolutions, matrix products and attention, as
+torch.utils.flop_counter counts them. Floors: the bytes at --bandwidth, the operations at --rate.
+
+Host time: the same operators on the CPU, on one thread and images of 32 pixels, without our kernels. That is Python,
+dispatch and autograd: the time of the operators in COMPUTING themselves is taken off. A GPU adds the driver's part of
+each launch, some microseconds, and autocast's casts of the weights.
+"""
+
+import argparse
+import statistics
+import time
+from collections import defaultdict
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from models import ReSpike, attention, batch_norm, neurons
+from models.kernels import geglu, triton_batch_norm, triton_lif
+from tests.helpers.fake_gpu import Calls, backward, channels_last, fake_gpu
+
+# What computes most on a CPU, and only launches on a GPU.
+COMPUTING = {f"aten::{name}" for name in (
+    "mkldnn_convolution", "convolution_backward", "_slow_conv2d_forward", "thnn_conv2d", "mm", "addmm", "bmm",
+    "native_batch_norm", "native_batch_norm_backward", "native_layer_norm", "native_layer_norm_backward",
+    "native_group_norm", "native_group_norm_backward", "_scaled_dot_product_flash_attention_for_cpu",
+    "_scaled_dot_product_flash_attention_for_cpu_backward", "add", "add_", "copy_", "zero_", "fill_", "relu_", "mul",
+    "threshold_backward", "avg_pool2d", "avg_pool2d_backward", "max_pool2d_with_indices", "sum",
+    "max_pool2d_with_indices_backward", "cat", "clone", "mean",
+)}  # fmt: skip
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="resnet50")
+    parser.add_argument("-b", "--batch-size", type=int, default=32, help="clips")
+    parser.add_argument("-T", "--time", type=int, default=16, help="frames a clip")
+    parser.add_argument("--stride", type=int, default=4)
+    parser.add_argument("--size", type=int, default=224, help="pixels")
+    parser.add_argument("--downsample", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--bandwidth", type=float, default=4.8e12, help="bytes a second; an H200's")
+    parser.add_argument(
+        "--rate", type=float, default=790e12, help="operations a second; an H200's, bfloat16, sustained"
+    )
+    parser.add_argument("--runs", type=int, default=7, help="counted runs of the host's part; two more warm up")
+    parser.add_argument("--operators", action="store_true", help="list the bytes of each operator")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    torch.set_num_threads(1)
+    calls, operations = count(args)
+    moved = sum(call.bytes for call in calls)
+    floors = moved / args.bandwidth, operations / args.rate
+    host = statistics.median(host_seconds(args))
+    print(
+        f"{args.model}, {args.batch_size} clips: {moved / 1e9:.1f} GB, {operations / 1e12:.2f} TFLOP, "
+        f"{len(calls)} operators; floors {1e3 * floors[0]:.1f} ms (memory), {1e3 * floors[1]:.1f} ms (products); "
+        f"host {1e3 * host:.0f} ms"
+    )
+    if args.operators:
+        by_name = defaultdict(lambda: [0, 0])
+        for call in calls:
+            by_name[call.name][0] += call.bytes
+            by_name[call.name][1] += 1
+        for name, (total, number) in sorted(by_name.items(), key=lambda item: -item[1][0]):
+            print(f"{total / 1e9:8.2f} GB {number:5d} x {name}")
+
+
+def inputs(args: argparse.Namespace, device: str, dtype: torch.dtype) -> tuple:
+    """(key frames, residual frames, labels), laid out as `dataset.residual.key_residual_split` does."""
+    keys, steps = args.time // args.stride, args.stride - 1
+    frame = (args.size, args.size, 3)
+    key = torch.empty(args.batch_size, keys, *frame, dtype=dtype, device=device).permute(0, 1, 4, 2, 3)
+    residual = torch.empty(steps, args.batch_size, keys, *frame, dtype=dtype, device=device).permute(1, 2, 0, 5, 3, 4)
+    return key, residual, torch.zeros(args.batch_size, dtype=torch.int64, device=device)
+
+
+def build(args: argparse.Namespace) -> ReSpike:
+    return ReSpike(args.model, num_classes=400, stride=args.stride, downsample=args.downsample).train()
+
+
+def count(args: argparse.Namespace) -> tuple[list, int]:
+    """(every operator of a step, operations)"""
+    with pytest.MonkeyPatch.context() as patch, fake_gpu(patch, torch.bfloat16):
+        model = channels_last(build(args))
+        key, residual, labels = inputs(args, "cuda", torch.bfloat16)
+        with Calls() as calls, FlopCounterMode(display=False) as counter:
+            backward(F.cross_entropy(model(key, residual).float(), labels))
+    return calls.calls, counter.get_total_flops()
+
+
+def host_seconds(args: argparse.Namespace) -> list[float]:
+    """Of a step on the CPU in float32, two key frames of 32 pixels, our kernels' launches left out."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (batch_norm, neurons):
+            patch.setattr(module, "runs_on_triton", lambda backend, x: True)
+        patch.setattr(attention, "geglu", geglu._geglu)
+        for kernel in _kernels():
+            patch.setattr(type(kernel), "__getitem__", lambda self, grid: lambda *args, **kwargs: None)
+        args = argparse.Namespace(**{**vars(args), "batch_size": 1, "time": 2 * args.stride, "size": 32})
+        model = build(args).to(memory_format=torch.channels_last)
+        key, residual, labels = inputs(args, "cpu", torch.float32)
+        seconds = []
+        for _ in range(args.runs + 2):
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+                start = time.perf_counter()
+                F.cross_entropy(model(key, residual), labels).backward()
+                whole = time.perf_counter() - start
+            computing = sum(event.self_cpu_time_total for event in profile.key_averages() if event.key in COMPUTING)
+            seconds.append(whole - computing / 1e6)
+            model.zero_grad(set_to_none=True)
+    return seconds[2:]
+
+
+def _kernels() -> list:
+    return [triton_lif._forward_kernel, triton_batch_norm._forward_kernel, geglu._forward_kernel]
+
+
+if __name__ == "__main__":
+    main()
