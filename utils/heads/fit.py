@@ -4,7 +4,7 @@ from torch import nn, optim
 
 from utils.checkpoint import check_settings, kept_checkpoints, load_newest, save_checkpoint
 from utils.heads.batches import ClipBatches, FeatureBatches
-from utils.heads.engine import evaluate, train_epoch
+from utils.heads.engine import evaluate, neurons_of, train_epoch
 from utils.heads.plots import save_curves
 from utils.run_folder import RunFolder
 from utils.signals import StopRequest
@@ -33,7 +33,6 @@ def resume(run: RunFolder, network: nn.Module, optimizer: optim.Optimizer, setti
 
 def fit(
     network: nn.Module,
-    head: nn.Module,
     train_loader: FeatureBatches | ClipBatches,
     test_loader: FeatureBatches | ClipBatches,
     optimizer: optim.Optimizer,
@@ -48,11 +47,10 @@ def fit(
 ) -> bool:
     """Train and test for the epochs that are left, and save a checkpoint after each.
 
-    network: inputs -> logits [T, B, classes].
-    head: the part of `network` whose neurons `train_mode` chooses.
+    network: inputs -> logits [T, B, classes]; `train_mode` chooses the neurons of `network.head`.
     history: the metrics of the epochs that are done; new ones are appended.
     epochs: in all, with those that are done.
-    loss, train_mode: as for `utils.heads.engine.train_epoch`.
+    loss, train_mode: as for `sequence_loss` and `neurons_of` of utils/heads/engine.py.
     settings: of the network, for the checkpoint.
     title: of the picture of the curves.
 
@@ -60,15 +58,14 @@ def fit(
     """
     with StopRequest() as stop:
         for epoch in range(len(history), epochs):
-            network.train()
-            trained = train_epoch(
-                network, head, train_loader.shuffled(epoch), optimizer, task=f"epoch {epoch + 1}/{epochs}",
-                steps=len(train_loader), loss=loss, train_mode=train_mode, should_stop=stop.requested,
-            )  # fmt: skip
+            with neurons_of(network.head, train_mode):
+                trained = train_epoch(
+                    network, train_loader.shuffled(epoch), optimizer, task=f"epoch {epoch + 1}/{epochs}",
+                    steps=len(train_loader), loss=loss, should_stop=stop.requested,
+                )  # fmt: skip
             if trained is None:
                 print(f"stopped by {stop.name} in epoch {epoch + 1}; the next start begins this epoch again")
                 return False
-            network.eval()
             tested = evaluate(network, test_loader, test_loader.videos)
             history.append({"epoch": epoch, **trained, **{f"test_{name}": value for name, value in tested.items()}})
             run.add_metrics(history[-1])
