@@ -34,7 +34,8 @@ from utils.signals import leave_signals_to_the_main_process
 # Class -> direction to the right, direction down, clockwise turn, growth.
 _MOTIONS = {
     "move_left": (-1, 0, 0, 0), "move_right": (1, 0, 0, 0), "move_up": (0, -1, 0, 0), "move_down": (0, 1, 0, 0),
-    "turn_clockwise": (0, 0, 1, 0), "turn_counterclockwise": (0, 0, -1, 0), "grow": (0, 0, 0, 1), "shrink": (0, 0, 0, -1),
+    "turn_clockwise": (0, 0, 1, 0), "turn_counterclockwise": (0, 0, -1, 0),
+    "grow": (0, 0, 0, 1), "shrink": (0, 0, 0, -1),
 }  # fmt: skip
 CLASSES = tuple(_MOTIONS)
 _PARTS = {"train": 1, "test": 2}  # the numbers in HMDB-51's split files

@@ -32,6 +32,10 @@ class Batches:
 class Head(nn.Linear):
     neuron = None
 
+    @property
+    def head(self):
+        return self
+
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
@@ -42,7 +46,7 @@ def run(tmp_path, monkeypatch):
 
 def trained(run, head, optimizer, history, epochs) -> bool:
     return fit(
-        head, head, Batches(), Batches(), optimizer, run, history=history, epochs=epochs, loss="last",
+        head, Batches(), Batches(), optimizer, run, history=history, epochs=epochs, loss="last",
         train_mode="spiking", settings={"units": 3}, title="",
     )  # fmt: skip
 
