@@ -7,6 +7,7 @@ utils/training/flags.py, an epoch in utils/training/engine.py, a run in utils/tr
 """
 
 import argparse
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -70,6 +71,7 @@ DEFAULTS = dict(
     crops=1,  # test crops a view: 1 or 3
     workers=None,  # data loading processes (-j); None: one a core, 8 at most
     strict=False,  # stop at a video that cannot be read
+    verify="quick",  # first look at a video file; "full" decodes every file
     # network
     model="resnet18",  # resnet18, 34, 50, 101 or 152
     weights="default",  # ImageNet weights of torchvision; "none", or the path of a state dict
@@ -112,9 +114,9 @@ DEFAULTS = dict(
 # ---- data sets: to add one, write a reader in dataset/splits.py and name it here ----------------------
 @dataclass(frozen=True)
 class DataSet:
-    read: callable  # (data_root, annotation_path, split) -> Split
+    read: Callable[[str, str, int], Split]  # data_root, annotation_path, number of the split
     data_root: str
-    annotation_path: str
+    annotation_path: str | None
     flip: bool = True
     crop_area: tuple[float, float] = (0.08, 1.0)  # share of the frame that a training crop takes
 
@@ -123,7 +125,7 @@ DATA_SETS = {
     "hmdb51": DataSet(read_hmdb51, "data/hmdb51/videos", "data/hmdb51/splits"),
     "ucf101": DataSet(read_ucf101, "data/ucf101/UCF-101", "data/ucf101/ucfTrainTestlist"),
     # A flip would swap the demo's left and right; its shapes are small already.
-    "demo": DataSet(read_hmdb51, "data/demo", "made by generate_demo", flip=False, crop_area=(0.6, 1.0)),
+    "demo": DataSet(read_hmdb51, "data/demo", None, flip=False, crop_area=(0.6, 1.0)),
 }
 PUBLISHED_CLIP_STEP = 16  # frames between the windows of --clips-per-video all
 
@@ -193,10 +195,10 @@ def find_videos(args: argparse.Namespace, run: RunFolder) -> tuple[list[str], Vi
     annotation_path = args.annotation_path or data_set.annotation_path
     if args.dset == "demo":
         data_root, annotation_path = generate_demo(Path(data_root), DemoSettings(), workers=cpu_count())
-    split: Split = data_set.read(data_root, annotation_path, args.split)
+    split = data_set.read(data_root, annotation_path, args.split)
     if args.test_only:
         split = replace(split, train=[])
-    index = VideoIndex(Path(args.index_dir) / f"{args.dset}.json")
+    index = VideoIndex(Path(args.index_dir) / f"{args.dset}.json", verify_full=args.verify == "full")
     write_list = None if args.test_only else run.write_list
     return split.classes, *readable_videos(split, index, args.strict, write_list, args.val_fraction, args.seed)
 

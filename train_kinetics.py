@@ -64,6 +64,7 @@ DEFAULTS = dict(
     crops=1,  # test crops a view: 1 or 3
     workers=None,  # data loading processes (-j); None: one a core, 8 at most
     strict=False,  # stop at a video that cannot be read
+    verify="quick",  # first look at a video file; "full" decodes every file
     # network
     model="resnet18",  # resnet18, 34, 50, 101 or 152
     weights="default",  # ImageNet weights of torchvision; "none", or the path of a state dict
@@ -195,7 +196,7 @@ def find_videos(
     elif args.test_only:  # a list of few videos need not name all classes
         class_names = checkpoint.classes
     split = read_lists(None if args.test_only else named("train"), named("val"), class_names, args.num_classes)
-    index = VideoIndex(Path(args.index_dir) / f"{args.dset}.json")
+    index = VideoIndex(Path(args.index_dir) / f"{args.dset}.json", verify_full=args.verify == "full")
     write_list = None if args.test_only else run.write_list
     return split.classes, *readable_videos(split, index, args.strict, write_list, args.val_fraction, args.seed)
 

@@ -1,5 +1,6 @@
 """The fusion block: spiking features attend to themselves, then to the ANN's features of their stage."""
 
+import contextlib
 import functools
 
 import torch
@@ -51,7 +52,7 @@ class LayerNorm(nn.LayerNorm):
     write twice the bytes."""
 
     def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
+        with _without_autocast(x):
             return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
 
@@ -59,7 +60,7 @@ class GroupNorm(nn.GroupNorm):
     """Group norm of [N, C, H, W], likewise."""
 
     def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
+        with _without_autocast(x):
             return F.group_norm(x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
 
@@ -111,6 +112,11 @@ class CrossAttentionFusion(nn.Module):
         return fused.to(snn.dtype).unflatten(0, (steps, frames))
 
 
+def _without_autocast(x: Tensor) -> contextlib.AbstractContextManager:
+    # The meta device, on which shapes and operations are counted, has no autocast.
+    return contextlib.nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
+
+
 def upsample_tokens(tokens: Tensor, height: int, width: int, factor: int) -> Tensor:
     """[N, HW, C] -> [N, factor^2 HW, C]: bilinear upsampling (`F.interpolate` without align_corners), in the type of
     `tokens`.
@@ -120,7 +126,7 @@ def upsample_tokens(tokens: Tensor, height: int, width: int, factor: int) -> Ten
     """
     make = _bilinear_matrix.__wrapped__ if torch.compiler.is_compiling() else _bilinear_matrix
     matrix = make(height, width, factor, tokens.dtype, tokens.device)
-    with torch.autocast(tokens.device.type, enabled=False):
+    with _without_autocast(tokens):
         return torch.bmm(matrix.expand(len(tokens), -1, -1), tokens)
 
 

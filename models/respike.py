@@ -114,11 +114,11 @@ class ReSpike(nn.Module):
             if fusion is not None:
                 snn, spikes = fusion(snn, ann), None
 
-        pooled = []
+        pooled = []  # channels moved last, so that the gradients lie in memory as the features do
         if ann is not None:
-            pooled.append(ann.mean((2, 3)))  # [B*K, C_ann]
+            pooled.append(ann.movedim(1, -1).mean((1, 2)))  # [B*K, C_ann]
         if snn is not None:
-            pooled.append(snn.mean((0, 3, 4)))  # [B*K, C]
+            pooled.append(snn.movedim(2, -1).mean((0, 2, 3)))  # [B*K, C]
         logits = self.head(torch.cat(pooled, dim=1))  # [B*K, classes]
         return logits.unflatten(0, (batch, key_frames)).mean(1)
 

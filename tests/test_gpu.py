@@ -11,6 +11,7 @@ from models.kernels.parameters import LIFParameters
 from models.kernels.reference import lif_definition
 from models.neurons import lif
 from tests.helpers.script import command_line, finish, metrics, start_python
+from tests.models.conftest import exact_on_a_gpu  # noqa: F401 - runs before each test
 from tests.models.test_golden import CASES, GOLDEN, TOLERANCE, build, golden_input
 from tests.utils.training.test_engine import make_loader
 from utils.device import choose_precision

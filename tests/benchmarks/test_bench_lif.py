@@ -55,6 +55,8 @@ def test_the_reference_copies_numbers_that_differ(monkeypatch):
 
 @pytest.mark.parametrize("layer", bench_lif.LAYERS)
 def test_missing_spikingjelly_fails_only_when_it_runs(monkeypatch, layer):
+    for name in [name for name in sys.modules if name.startswith("spikingjelly.")]:
+        monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "spikingjelly", None)
     builds = bench_lif.implementations(layer, 4, CPU, torch.float32, False)
     with pytest.raises(ImportError):

@@ -51,7 +51,8 @@ def start(flags: dict) -> subprocess.Popen:
 
 def start_python(arguments: list[str], processes: int = 1) -> subprocess.Popen:
     """A Python script, under torchrun where there are several processes."""
-    python, environment = [sys.executable, "-X", "faulthandler"], {**os.environ, "PYTHONPATH": str(ROOT)}
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    python, environment = [sys.executable, "-X", "faulthandler"], {**os.environ, "PYTHONPATH": path}
     if processes > 1:
         python += ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", str(free_port())]
         environment |= {

@@ -13,6 +13,7 @@ from dataset.residual import key_residual_split
 from models import ReSpike
 from models.kernels.packing import pack_spikes, spike_conv2d, unpack_spikes
 from models.neurons import BACKENDS
+from tests.helpers.spikingjelly import skip_without_spikingjelly
 from tests.models.kernels.test_lif_kernels import DEVICE, channels_last
 from tests.models.test_golden import CASES, GOLDEN, TOLERANCE, golden_input, published_state_dict
 from utils.training.metrics import FiringRates
@@ -100,6 +101,7 @@ def test_spikes_are_written_in_the_type_that_convolutions_compute_in():
 
 @pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "auto"])
 def test_backends_agree_on_a_training_step(backend):
+    skip_without_spikingjelly(backend)
     results = []
     for name in ("reference", backend):
         model = small(lif_backend=name, branches="snn").double()

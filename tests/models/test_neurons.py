@@ -9,6 +9,7 @@ from models.kernels.parameters import LIFParameters
 from models.kernels.reference import lif_definition, lif_reference
 from models.kernels.surrogates import SURROGATES, surrogate_derivative
 from models.neurons import BACKENDS, LIF, lif
+from tests.helpers.spikingjelly import skip_without_spikingjelly
 
 SHAPES = {"vector": (7, 13), "image": (4, 2, 6, 5, 7), "one step": (1, 2, 3, 5, 5), "no neurons": (3, 0)}
 
@@ -72,6 +73,7 @@ def test_chunks_do_not_show(monkeypatch):
 @pytest.mark.parametrize("surrogate", ["atan", "sigmoid"])
 @pytest.mark.parametrize("detach_reset", [True, False])
 def test_definition_agrees_with_spikingjelly(surrogate, v_reset, detach_reset):
+    skip_without_spikingjelly()
     parameters = LIFParameters(surrogate=surrogate, v_reset=v_reset, detach_reset=detach_reset)
     current = make_current(SHAPES["image"]).requires_grad_()
     grad = torch.randn(current.shape, dtype=torch.float64)
@@ -177,7 +179,8 @@ def test_refusals(call, message):
         call()
 
 
-def test_backends_are_all_known():
-    for backend in BACKENDS:
-        spikes, v = lif(torch.ones(2, 3), LIFParameters(), backend=backend)
-        assert spikes.shape == (2, 3) and v.shape == (3,)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_backends_are_all_known(backend):
+    skip_without_spikingjelly(backend)
+    spikes, v = lif(torch.ones(2, 3), LIFParameters(), backend=backend)
+    assert spikes.shape == (2, 3) and v.shape == (3,)

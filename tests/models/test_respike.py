@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from benchmarks.plain_respike import PlainReSpike, plain_split
 from dataset.residual import key_residual_split
 from models import ReSpike
 from models.kernels.parameters import LIFParameters
 from models.neurons import BACKENDS, LIF, NEURONS
+from tests.helpers.spikingjelly import skip_without_spikingjelly
 from tests.models.test_golden import published_state_dict
 from utils.errors import UserError
 from utils.training.metrics import FiringRates
@@ -89,6 +89,9 @@ def test_channels_last_does_not_change_the_numbers():
 @pytest.mark.parametrize("downsample", [True, False])
 def test_agrees_with_a_plain_build_that_steps_through_time(downsample):
     """An independent way to the same numbers: SpikingJelly's LIFNode, a loop over steps, softmax attention."""
+    skip_without_spikingjelly()
+    from benchmarks.plain_respike import PlainReSpike, plain_split
+
     model = ReSpike(num_classes=7, downsample=downsample).double()
     model.load_reference_state_dict(published_state_dict("resnet18"))
     plain = PlainReSpike(model).double()

@@ -241,19 +241,31 @@ def fit(
                     f"{state.position.clips} clips; continue with --resume auto"
                 )
                 return False
-            improved = scored["video_top1"] > state.best["video_top1"]
-            if improved:
-                state.best = {"epoch": epoch, "video_top1": scored["video_top1"]}
-            # The state after this epoch is the one that a resumed run starts the next epoch with.
-            state.position = TrainPosition(epoch + 1)
             metrics = {"epoch": epoch, **trained, f"{evaluated_on}_loss": scored.pop("loss"), **scored, **rate}
-            metrics |= {"evaluated_on": evaluated_on, "peak_memory_bytes": peak_memory_bytes(runtime.device)}
-            runtime.from_main(run.add_metrics, metrics)
-            _print_epoch(metrics, epochs)
-            if improved:
-                state.save(run.best)
+            _end_epoch(state, run, metrics | {"evaluated_on": evaluated_on}, epochs)
             save()
     return True
+
+
+def _end_epoch(state: TrainingState, run: RunFolder, metrics: dict, epochs: int) -> None:
+    """Record the metrics of the present epoch, save best.pt if it is the best, and go on to the next."""
+    epoch, improved = metrics["epoch"], metrics["video_top1"] > state.best["video_top1"]
+    if improved:
+        state.best = {"epoch": epoch, "video_top1": metrics["video_top1"]}
+    # The state after this epoch is the one that a resumed run starts the next epoch with.
+    state.position = TrainPosition(epoch + 1)
+    metrics["peak_memory_bytes"] = peak_memory_bytes(state.runtime.device)
+    state.runtime.from_main(run.add_metrics, metrics)
+    on = metrics["evaluated_on"]
+    print(
+        f"epoch {epoch + 1}/{epochs}: loss {metrics['train_loss']:.4f}, "
+        f"train clip top-1 {metrics['train_clip_top1']:.1f} %, "
+        f"{on} clip {metrics['clip_top1']:.1f} %, video {metrics['video_top1']:.1f} %, "
+        f"{metrics['clips_per_second']:.1f} clips/s, {100 * metrics['data_wait_share']:.0f} % waiting for data",
+        flush=True,
+    )
+    if improved:
+        state.save(run.best)
 
 
 class _CheckpointClock:
@@ -299,14 +311,3 @@ def _draw_clips(loader: DeviceLoader, run: RunFolder) -> None:
     if len(clips.labels):
         batch = loader.split(clips)
         run.add_picture("key_and_residual_frames", key_residual_picture(batch.key, batch.residual))
-
-
-def _print_epoch(metrics: dict, epochs: int) -> None:
-    on = metrics["evaluated_on"]
-    print(
-        f"epoch {metrics['epoch'] + 1}/{epochs}: loss {metrics['train_loss']:.4f}, "
-        f"train clip top-1 {metrics['train_clip_top1']:.1f} %, "
-        f"{on} clip {metrics['clip_top1']:.1f} %, video {metrics['video_top1']:.1f} %, "
-        f"{metrics['clips_per_second']:.1f} clips/s, {100 * metrics['data_wait_share']:.0f} % waiting for data",
-        flush=True,
-    )

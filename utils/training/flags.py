@@ -30,9 +30,9 @@ from utils.runtime import Runtime, join_run, local_processes
 
 # A continuation of a run may change these without a note: they do not change what is trained.
 NOT_TRAINING_FLAGS = {
-    "resume", "run_dir", "overwrite", "workers", "index_dir", "weights", "device", "data_root", "annotation_path",
-    "train_list", "val_list", "train_root", "val_root", "checkpoint_minutes", "keep", "log_every", "test_only",
-    "lif_backend", "pack_spikes", "deterministic",
+    "resume", "run_dir", "overwrite", "workers", "index_dir", "verify", "weights", "device", "data_root",
+    "annotation_path", "train_list", "val_list", "train_root", "val_root", "checkpoint_minutes", "keep", "log_every",
+    "test_only", "lif_backend", "pack_spikes", "deterministic",
 }  # fmt: skip
 _YES_NO = argparse.BooleanOptionalAction
 
@@ -85,6 +85,8 @@ def add_shared_flags(parser: ArgumentParser) -> None:
     add("-j", "--workers", type=whole(0), metavar="N",
         help="data loading processes of each training process; 0 loads in the training process")
     add("--index-dir", metavar="FOLDER", help="folder of the cached video index")
+    add("--verify", choices=("quick", "full"),
+        help="first look at a video file: quick counts its packets if they can be trusted; full decodes every file")
 
     add = parser.add_argument_group("network").add_argument
     add("--model", choices=BACKBONES, help="backbone of the ANN branch")

@@ -182,6 +182,9 @@ class StepLog:
             return
         recent = ClipScores.result(self._runtime.sum(scores.sums - self._before))
         self._before = scores.sums.clone()
-        if self._runtime.is_main:
-            numbers = {name: float(value) for name, value in values.items()}
-            self._write({"train_loss": recent["loss"], "train_clip_top1": recent["top1"], **numbers})
+        self._runtime.from_main(
+            self._write_line, {"train_loss": recent["loss"], "train_clip_top1": recent["top1"]}, values
+        )
+
+    def _write_line(self, recent: dict[str, float], values: dict[str, float | Tensor]) -> None:
+        self._write(recent | {name: float(value) for name, value in values.items()})

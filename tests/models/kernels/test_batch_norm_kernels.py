@@ -71,7 +71,7 @@ def test_agrees_with_the_definition(dtype, layout, pattern):
     for steps in (1, 3, 7, 16) if fire else (1, 3):
         merged = (steps in (3, 16)) == (layout == "contiguous")
         v_reset, detach = next(resets)
-        p = LIFParameters(v_reset=v_reset, detach_reset=detach)
+        p = LIFParameters(v_reset=v_reset, detach_reset=detach, tau=1.7, v_threshold=0.8, alpha=1.5)
         shape = (steps, 2, 3, 3, 7)
         inputs = *make(shape, dtype, layout, residual), random(shape[1:], torch.float32) if fire and steps > 1 else None
         other = "contiguous" if layout == "channels last" else "strided"

@@ -9,6 +9,7 @@ from models.kernels.parameters import LIFParameters
 from models.kernels.reference import lif_definition
 from models.kernels.surrogates import SURROGATES
 from models.neurons import LIF, lif
+from tests.helpers.spikingjelly import skip_without_spikingjelly
 
 pytestmark = pytest.mark.kernels
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -49,7 +50,8 @@ def test_agrees_with_the_definition(dtype, layout, steps):
     shape = (steps, 2, 5, 3, 7)
     for number, (v_reset, detach) in enumerate(RESETS):
         surrogate = SURROGATES[(number + steps) % len(SURROGATES)]  # with the numbers of steps, each meets each
-        p = LIFParameters(v_reset=v_reset, detach_reset=detach, surrogate=surrogate, tau=1.7, alpha=1.5)
+        neuron = dict(tau=1.7, v_threshold=0.8, alpha=1.5)
+        p = LIFParameters(v_reset=v_reset, detach_reset=detach, surrogate=surrogate, **neuron)
         current = random(shape, dtype, layout, scale=2.0)
         inputs = (
             current,
@@ -80,6 +82,7 @@ def test_odd_sizes(shape):
 @pytest.mark.parametrize("v_reset", [0.0, None])
 @pytest.mark.parametrize("surrogate", ["atan", "sigmoid"])
 def test_agrees_with_spikingjelly(surrogate, v_reset):
+    skip_without_spikingjelly()
     p = LIFParameters(surrogate=surrogate, v_reset=v_reset)
     current, grad = random((7, 4, 5), torch.float32, scale=2.0).requires_grad_(), random((7, 4, 5), torch.float32)
     results = []
