@@ -28,6 +28,7 @@ from models.heads.on_features import OnFeatures, OnFrames
 from utils.checkpoint import check_settings, kept_checkpoints, load_checkpoint, save_checkpoint
 from utils.device import choose_device, cpu_count, device_name, seed_all
 from utils.errors import ArgumentParser, UserError
+from utils.files import writing
 from utils.heads.batches import ClipBatches, FeatureBatches
 from utils.heads.config import HEADS, READERS, Config, naming, read_config
 from utils.heads.engine import evaluate
@@ -206,10 +207,8 @@ def train(
 ) -> bool:
     """Train from the run folder's newest checkpoint on, and save the weights. Returns False if a signal stopped it."""
     if weights is not None:
-        try:  # now, not after hours of training
+        with naming("pickle_locations.SNN_weights"), writing(weights):  # now, not after hours of training
             Path(weights).parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"pickle_locations.SNN_weights: {weights}: cannot be written ({error.strerror})") from error
     optimizer = build_optimizer(config, network)
     history = resume(run, network, optimizer, settings)
     run.begin(len(history))

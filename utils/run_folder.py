@@ -20,7 +20,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from utils.checkpoint import LAST, kept_checkpoints
 from utils.errors import UserError
-from utils.files import write_atomically
+from utils.files import write_atomically, writing
 
 _SECONDS_FOR_ANOTHER_TO_LEAVE = 30
 _locked: dict[Path, IO] = {}  # folder -> its lock file, open
@@ -45,30 +45,24 @@ class RunFolder:
         self.best = path / "best.pt"
         self._metrics = path / "metrics.jsonl"
         self._steps = path / "steps.jsonl"
-        try:
+        with writing(path, "; name a writable folder", about="run_dir"):
             path.mkdir(parents=True, exist_ok=True)
-            (path / ".write_test").write_bytes(b"")
-            (path / ".write_test").unlink()
             _lock(path)
-        except OSError as error:
-            raise UserError(
-                f"{path}: cannot be written ({error.strerror}); name a writable folder", about="run_dir"
-            ) from error
         for leftover in path.glob(".*.tmp"):  # of a run that was killed while it wrote
             leftover.unlink(missing_ok=True)
         earlier = [file for file in (*kept_checkpoints(path), self.best, self._metrics) if file.exists()]
-        if earlier and not resuming and not overwrite:
-            raise UserError(
-                f"{path}: holds a run already ({earlier[0].name}); continue it with --resume auto, replace it with "
-                "--overwrite, or name another folder",
-                about="run_dir",
-            )
-        if earlier and not resuming and not (path / "config.json").exists():
-            raise UserError(
-                f"{path}: holds {earlier[0].name} but no config.json, so it is not a run of this project and is not "
-                "overwritten; name another folder",
-                about="run_dir",
-            )
+        if earlier and not resuming:
+            found = None
+            if not overwrite:
+                found = (
+                    f"a run already ({earlier[0].name}); continue it with --resume auto, replace it with --overwrite,"
+                )
+            elif not (path / "config.json").exists():
+                found = (
+                    f"{earlier[0].name} but no config.json, so it is not a run of this project and is not overwritten;"
+                )
+            if found:
+                raise UserError(f"{path}: holds {found} or name another folder", about="run_dir")
         self._replace = not resuming
         self._tensorboard = None
         self._first_epoch = 0
@@ -98,13 +92,13 @@ class RunFolder:
             "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
             "flags": flags,
             **more,
-            "versions": {"python": platform.python_version(), **_versions()},
+            "versions": {"python": platform.python_version(), **{package: _version(package) for package in _PACKAGES}},
             "git_commit": _git_commit(),
         }
         self._write("config.json", json.dumps(config, indent=2, default=str) + "\n")
 
     def write_list(self, name: str, lines: Sequence[str]) -> Path:
-        """A text file of one item a line, such as the videos left out; no file where there are none."""
+        """A text file of one item a line, such as the videos left out; no file if there are none."""
         if lines:
             self._write(name, "".join(f"{line}\n" for line in lines))
         else:
@@ -115,9 +109,7 @@ class RunFolder:
         """More lines at the end of a list of an earlier start or step."""
         file = self.path / name
         earlier = file.read_text(errors="surrogateescape").splitlines() if file.exists() else []
-        new = [line for line in lines if line not in earlier]
-        if new:
-            self.write_list(name, [*earlier, *new])
+        self.write_list(name, list(dict.fromkeys([*earlier, *lines])))
 
     def write_result(self, result: dict) -> None:
         """test.json: the test set's score of the selected epoch."""
@@ -125,10 +117,8 @@ class RunFolder:
 
     def add_picture(self, name: str, picture: Tensor) -> None:
         """picture [3, H, W] in [0, 1], to TensorBoard."""
-        try:
+        with writing(self.path):
             self.tensorboard.add_image(name, picture)
-        except OSError as error:
-            raise UserError(f"{self.path}: cannot be written ({error.strerror})") from error
 
     def add_metrics(self, metrics: dict) -> None:
         """A line of metrics.jsonl, and the same numbers to TensorBoard at step `metrics["epoch"]`."""
@@ -140,7 +130,7 @@ class RunFolder:
         self._add_line(self._steps, values, "step/", values["epoch"] * clips_per_epoch + values["clips"])
 
     def _add_line(self, file: Path, values: dict, prefix: str, at: int) -> None:
-        try:
+        with writing(file):
             with open(file, "a") as opened:
                 opened.write(json.dumps(values) + "\n")
                 opened.flush()
@@ -152,8 +142,6 @@ class RunFolder:
                         self.tensorboard.add_scalar(prefix + (f"{name}/{tag}" if tag else name), number, at)
             if file == self._metrics:
                 self.tensorboard.flush()
-        except OSError as error:
-            raise UserError(f"{file}: cannot be written ({error.strerror})") from error
 
     @property
     def tensorboard(self) -> SummaryWriter:
@@ -168,10 +156,8 @@ class RunFolder:
                 self._tensorboard.close()
 
     def _write(self, name: str, text: str) -> None:
-        try:
+        with writing(self.path / name):
             write_atomically(self.path / name, text.encode(errors="surrogateescape"))
-        except OSError as error:
-            raise UserError(f"{self.path / name}: cannot be written ({error.strerror})") from error
 
 
 def _leave_disk_errors_to_the_main_thread(details: threading.ExceptHookArgs) -> None:
@@ -217,14 +203,9 @@ def _position_of(line: str) -> tuple[float, float]:
         return float("inf"), 0
 
 
-def _versions() -> dict[str, str | None]:
-    found = {}
-    for package in _PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = None
-    return found
+def _version(package: str) -> str | None:
+    with contextlib.suppress(PackageNotFoundError):
+        return version(package)
 
 
 def _git_commit() -> str | None:
