@@ -113,15 +113,12 @@ def load_data(config: Config, train_videos: VideoTable, test_videos: VideoTable,
         return Data(*loaders, torch.zeros(cnn.width), torch.ones(cnn.width), cnn)
 
     train, test = (
-        cached_features(
-            Path(data_file), Path(labels_file), videos, sampling, cnn, dataclasses.asdict(config.CNN), loading, device,
-            may_build=not trainer.import_CNN_forward_data, verify=trainer.verify_CNN_data,
-        )
+        cached_features(Path(data_file), Path(labels_file), videos, sampling, cnn, config, device)
         for data_file, labels_file, videos in (
             (files.train_data, files.train_labels, train_videos),
             (files.test_data, files.test_labels, test_videos),
         )
-    )  # fmt: skip
+    )
     print(f"features: {list(train.data.shape)} to train on, {list(test.data.shape)} to test on (clips, frames, width)")
     return Data(FeatureBatches(train, *batching), FeatureBatches(test, *batching), *train.moments(), cnn=None)
 
@@ -216,11 +213,7 @@ def train(
     if config.SNN_trainer.get_initial_testing_accuracy and not history:
         tested = evaluate(network, data.test_loader, data.test_loader.videos)
         print(f"before training: last step {tested['last_step']:.2f} %, video {tested['video']:.2f} %")
-    finished = fit(
-        network, data.train_loader, data.test_loader, optimizer, run, history=history,
-        epochs=config.SNN_trainer.epochs, loss=config.SNN.loss, train_mode=config.SNN.train_mode, settings=settings,
-        title=f"{config.name}: {config.SNN.head}",
-    )  # fmt: skip
+    finished = fit(network, data.train_loader, data.test_loader, optimizer, run, config, history, settings)
     if finished and weights is not None:
         save_checkpoint(Path(weights), {"model_settings": settings, "model": network.state_dict()})
     return finished

@@ -107,6 +107,8 @@ class RunFolder:
 
     def add_to_list(self, name: str, lines: Sequence[str]) -> None:
         """More lines at the end of a list of an earlier start or step."""
+        if not lines:
+            return
         file = self.path / name
         earlier = file.read_text(errors="surrogateescape").splitlines() if file.exists() else []
         self.write_list(name, list(dict.fromkeys([*earlier, *lines])))

@@ -85,23 +85,19 @@ class Runtime:
             except UserError as raised:
                 outcome[1], error = True, raised
         dist.broadcast_object_list(outcome, src=0, group=self.control)
-        if error is not None:
-            raise error
         if outcome[1]:
-            raise OtherProcessError
+            raise error or OtherProcessError
         return outcome[0]
 
     def in_all(self, function: Callable[..., Result], *arguments, **more) -> Result:
         """Run `function` in every rank. A UserError in any rank ends all; the lowest such rank prints it."""
+        if self.count == 1:
+            return function(*arguments, **more)
         result = error = None
         try:
             result = function(*arguments, **more)
         except UserError as raised:
             error = raised
-        if self.count == 1:
-            if error is not None:
-                raise error
-            return result
         failed = [False] * self.count
         dist.all_gather_object(failed, error is not None, group=self.control)
         if any(failed):
@@ -113,14 +109,12 @@ class Runtime:
         as those of rank 0. accumulates: some backward passes will be under `no_backward_sync`."""
         if self.count == 1:
             return model
-        # Buffers are the running statistics of batch norm. Training does not read them, so they are not sent
-        # around at every step; `share_buffers` does so before they are used.
-        # (Newer versions of PyTorch rename the option and warn of the old name.)
+        # Buffers are the running statistics of batch norm. Training does not read them, so they are not sent around
+        # at every step, but by `share_buffers`. (Newer versions of PyTorch rename the option and warn of the old name.)
         options = inspect.signature(DistributedDataParallel).parameters
         sync_buffers = "forward_sync_buffers" if "forward_sync_buffers" in options else "broadcast_buffers"
         self.share_buffers(model)
-        # DDP's static graph needs a synchronised first backward pass; with gradient accumulation the first one
-        # is not.
+        # DDP's static graph needs a synchronised first backward pass; with gradient accumulation the first is not.
         return DistributedDataParallel(
             model, device_ids=[self.device.index] if self.device.type == "cuda" else None, **{sync_buffers: False},
             gradient_as_bucket_view=True, static_graph=not accumulates,

@@ -28,7 +28,6 @@ class Neuron:
     def gain_bias(self, max_rates: Tensor, intercepts: Tensor) -> tuple[Tensor, Tensor]:
         """(gain, bias) of neurons that start to fire at the represented value `intercepts` (below 1) and fire at
         `max_rates` Hz at the value 1."""
-        raise NotImplementedError
 
     def initial_state(self, current: Tensor, voltage: Tensor | None = None) -> State:
         """The state of neurons at rest; `current` gives shape, type and device. voltage: of spiking neurons at the
@@ -37,11 +36,9 @@ class Neuron:
 
     def step(self, current: Tensor, state: State, dt: float) -> tuple[Tensor, State]:
         """(output in Hz, next state). dt: seconds."""
-        raise NotImplementedError
 
     def rate_gradient(self, current: Tensor, state: State) -> Tensor:
         """d rate / dJ of a step; `state` is the state before the step."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)

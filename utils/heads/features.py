@@ -26,7 +26,7 @@ from dataset.video import VideoDataset, loaded, make_loader
 from models.heads.cnn import FrameCNN, weights_digest
 from utils.errors import UserError
 from utils.files import write_atomically
-from utils.heads.config import DataloaderConfig
+from utils.heads.config import Config, DataloaderConfig
 from utils.progress import Progress
 
 _FORMAT = 1
@@ -57,11 +57,8 @@ def cached_features(
     videos: VideoTable,
     sampling: FrameSampling,
     network: FrameCNN | None,
-    description: dict,
-    loading: DataloaderConfig,
+    config: Config,
     device: torch.device,
-    may_build: bool,
-    verify: bool = False,
 ) -> Features:
     """The features of every video's evaluation clips: read from `data_file` if it was made of the same videos,
     sampling, frame size and network, otherwise computed and written to it.
@@ -70,29 +67,28 @@ def cached_features(
     labels_file: .npy of the clips' labels, for other programs. Written if it is missing or differs.
     videos: the videos, each of which must be decodable.
     sampling: which frames make a clip.
-    network: normalised frames float32 [N, 3, size, size] -> [N, width]. A build moves it to `device`. None,
-        allowed without `may_build`: the weights are not compared.
-    description: more to compare, in types that JSON has.
-    loading: frame size, batch size and workers of a build.
+    network: normalised frames float32 [N, 3, size, size] -> [N, width]. A build moves it to `device`. None, allowed
+        if import_CNN_forward_data is true: the weights are not compared.
+    config: how to build, and whether. With verify_CNN_data the checksum of `data_file` is compared, which reads it
+        whole. Its size is always compared.
     device: where the features are computed.
-    may_build: False: never compute features.
-    verify: compare the checksum of `data_file`, which reads it whole. Its size is always compared.
 
-    Raises UserError if the files do not fit or are damaged without `may_build`, if a video cannot be decoded and if
-    the files cannot be read or written.
+    Raises UserError if the files do not fit or are damaged and import_CNN_forward_data is true, if a video cannot be
+    decoded and if the files cannot be read or written.
     """
     clips = eval_clips(videos, sampling)
     labels = videos.labels[clips["video"]]
     try:
-        parts = _parts(videos, sampling, loading.size, network, description)
-        fault = _fault(data_file, parts, verify)
-        if fault and not may_build:
+        parts = _parts(videos, sampling, config, network)
+        fault = _fault(data_file, parts, config.SNN_trainer.verify_CNN_data)
+        if fault and config.SNN_trainer.import_CNN_forward_data:
             raise UserError(f"{fault}; set import_CNN_forward_data to false to build it")
         if fault:
             print(f"{fault}; building it", flush=True)
             part, done = _open_part(data_file, parts, (len(clips), sampling.clip_frames, network.width))
-            batches = EvalBatchSampler(clips[done:], loading.batch_size)
-            _append(part, eval_loader(videos, clips[done:], sampling, loading, batches, device), network, device)
+            batches = EvalBatchSampler(clips[done:], config.dataloader.batch_size)
+            loader = eval_loader(videos, clips[done:], sampling, config.dataloader, batches, device)
+            _append(part, loader, network, device)
             _finish(data_file, part, parts)
         _write_labels(labels_file, labels)
         data = numpy.load(data_file, mmap_mode="r", allow_pickle=False)
@@ -107,13 +103,13 @@ def cached_features(
 # ---- what the features were made of ------------------------------------------------------------------
 
 
-def _parts(videos: VideoTable, sampling: FrameSampling, size: int, network: FrameCNN | None, more: dict) -> dict:
+def _parts(videos: VideoTable, sampling: FrameSampling, config: Config, network: FrameCNN | None) -> dict[str, str]:
     """A digest of each thing that shapes the features, by the name that a message gives it."""
     parts = {
         "videos": _digest_of_videos(videos),
         "sampling": _digest([type(sampling).__name__, asdict(sampling)]),
-        "frame size": _digest(size),
-        "description": _digest(more),
+        "frame size": _digest(config.dataloader.size),
+        "description": _digest(asdict(config.CNN)),
     }
     return parts if network is None else {**parts, "CNN weights": weights_digest(network)}
 

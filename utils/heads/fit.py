@@ -2,8 +2,10 @@
 
 from torch import nn, optim
 
+from models.heads.on_features import OnFeatures
 from utils.checkpoint import check_settings, kept_checkpoints, load_newest, save_checkpoint
 from utils.heads.batches import ClipBatches, FeatureBatches
+from utils.heads.config import Config
 from utils.heads.engine import evaluate, neurons_of, train_epoch
 from utils.heads.plots import save_curves
 from utils.run_folder import RunFolder
@@ -32,36 +34,31 @@ def resume(run: RunFolder, network: nn.Module, optimizer: optim.Optimizer, setti
 
 
 def fit(
-    network: nn.Module,
+    network: OnFeatures,
     train_loader: FeatureBatches | ClipBatches,
     test_loader: FeatureBatches | ClipBatches,
     optimizer: optim.Optimizer,
     run: RunFolder,
-    *,
+    config: Config,
     history: list[dict],
-    epochs: int,
-    loss: str,
-    train_mode: str,
     settings: dict,
-    title: str,
 ) -> bool:
     """Train and test for the epochs that are left, and save a checkpoint after each.
 
-    network: inputs -> logits [T, B, classes]; `train_mode` chooses the neurons of `network.head`.
+    network: inputs -> logits [T, B, classes]; the config's train_mode chooses the neurons of `network.head`.
+    config: with the number of epochs, those that are done included, and the loss.
     history: the metrics of the epochs that are done; new ones are appended.
-    epochs: in all, with those that are done.
-    loss, train_mode: as for `sequence_loss` and `neurons_of` of utils/heads/engine.py.
     settings: of the network, for the checkpoint.
-    title: of the picture of the curves.
 
     Returns False if a signal stopped it in mid-epoch. The newest checkpoint is then that of the last whole epoch.
     """
+    epochs = config.SNN_trainer.epochs
     with StopRequest() as stop:
         for epoch in range(len(history), epochs):
-            with neurons_of(network.head, train_mode):
+            with neurons_of(network.head, config.SNN.train_mode):
                 trained = train_epoch(
                     network, train_loader.shuffled(epoch), optimizer, task=f"epoch {epoch + 1}/{epochs}",
-                    steps=len(train_loader), loss=loss, should_stop=stop.requested,
+                    steps=len(train_loader), loss=config.SNN.loss, should_stop=stop.requested,
                 )  # fmt: skip
             if trained is None:
                 print(f"stopped by {stop.name} in epoch {epoch + 1}; the next start begins this epoch again")
@@ -79,7 +76,7 @@ def fit(
                 "optimizer_name": _name(optimizer), "epoch": epoch + 1, "history": history,
             }  # fmt: skip
             save_checkpoint(run.last, state, keep=2)
-    save_curves(run.path / "curves.png", history, title)
+    save_curves(run.path / "curves.png", history, f"{config.name}: {config.SNN.head}")
     return True
 
 

@@ -1,3 +1,4 @@
+import dataclasses
 import errno
 import json
 import os
@@ -18,8 +19,9 @@ from dataset.transforms import eval_transforms
 from dataset.video import VideoDataset
 from models.heads.cnn import FrameCNN, weights_digest
 from tests.helpers.processes import table
+from tests.helpers.script import ROOT
 from utils.errors import UserError
-from utils.heads.config import DataloaderConfig
+from utils.heads.config import CNNConfig, DataloaderConfig, TrainerConfig, read_config
 from utils.heads.features import Features, cached_features
 
 CPU = torch.device("cpu")
@@ -69,14 +71,25 @@ def videos(folder):
 
 
 def features(
-    folder, videos, network=None, sampling=SAMPLING, description=None, batch_size=3, workers=0, size=32, **more
+    folder,
+    videos,
+    network=None,
+    sampling=SAMPLING,
+    backbone="resnet50",
+    batch_size=3,
+    workers=0,
+    size=32,
+    may_build=True,
+    verify=False,
 ) -> Features:
-    settings = dict(device=CPU, may_build=True) | more
-    return cached_features(
-        folder / "cache" / "features.npy", folder / "cache" / "labels.npy", videos, sampling, network or Colours(),
-        description or {"backbone": "colours"}, DataloaderConfig(batch_size=batch_size, workers=workers, size=size),
-        **settings,
+    config = dataclasses.replace(
+        read_config(ROOT / "configs/demo.json"), CNN=CNNConfig(backbone=backbone),
+        dataloader=DataloaderConfig(batch_size=batch_size, workers=workers, size=size),
+        SNN_trainer=TrainerConfig(epochs=1, import_CNN_forward_data=not may_build, verify_CNN_data=verify),
     )  # fmt: skip
+    cache = folder / "cache"
+    files = (cache / "features.npy", cache / "labels.npy")
+    return cached_features(*files, videos, sampling, network or Colours(), config, CPU)
 
 
 def the_part(folder) -> Path:
@@ -229,7 +242,7 @@ def flip_a_bit(name):
         (None, {"network": Colours(1)}, "made with other CNN weights"),
         (None, {"sampling": SegmentSampling(4, views=1)}, "made with other sampling"),
         (None, {"size": 28}, "made with other frame size"),
-        (None, {"description": {"backbone": "greys"}}, "made with other description"),
+        (None, {"backbone": "resnet18"}, "made with other description"),
         (truncate, {}, "damaged: expected 928 bytes, found 300"),
         (flip_a_bit("features.npy"), {"verify": True}, "damaged: its checksum differs"),
         (cut_off_the_description, {}, "not a readable description"),
