@@ -116,8 +116,7 @@ def clips_in_order(videos: VideoTable, clips: numpy.ndarray, ids: numpy.ndarray)
 def in_checkpoint_order(
     videos: VideoTable, clips: numpy.ndarray, checkpoint: Checkpoint
 ) -> tuple[numpy.ndarray, numpy.ndarray]:
-    """(clips, their ids) in the order of the checkpoint, so that the run continues with the clips that it was started
-    with, even if some videos have come or gone.
+    """(clips, their ids) in the order of the checkpoint, as `clips_in_order` gives them.
 
     If more than a tenth has come or gone, it is another data set, which has its own order from the next epoch on.
     Raises UserError if that happens in mid-epoch.

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import fcntl
+import itertools
 import json
 import os
 import platform
@@ -35,9 +36,8 @@ def continues_run(resume: str | None, run_dir: str, test_only: bool) -> bool:
 
 
 class RunFolder:
-    """What a run writes; only rank 0 uses it. Creates `path`. A folder that already holds a run is only opened to
-    continue this run, or with `overwrite`. The old run is then removed by `begin`, after data and network were set
-    up without an error."""
+    """What a run writes; only rank 0 uses it. Creates `path`. A folder that holds a run is opened only to continue it,
+    or with `overwrite`: `begin` then removes the old run, after data and network were set up without an error."""
 
     def __init__(self, path: Path, resuming: bool, overwrite: bool):
         self.path = path
@@ -51,18 +51,18 @@ class RunFolder:
         for leftover in path.glob(".*.tmp"):  # of a run that was killed while it wrote
             leftover.unlink(missing_ok=True)
         earlier = [file for file in (*kept_checkpoints(path), self.best, self._metrics) if file.exists()]
-        if earlier and not resuming:
-            found = None
-            if not overwrite:
-                found = (
-                    f"a run already ({earlier[0].name}); continue it with --resume auto, replace it with --overwrite,"
-                )
-            elif not (path / "config.json").exists():
-                found = (
-                    f"{earlier[0].name} but no config.json, so it is not a run of this project and is not overwritten;"
-                )
-            if found:
-                raise UserError(f"{path}: holds {found} or name another folder", about="run_dir")
+        if earlier and not resuming and not overwrite:
+            raise UserError(
+                f"{path}: holds a run already ({earlier[0].name}); continue it with --resume auto, replace it with "
+                "--overwrite, or name another folder",
+                about="run_dir",
+            )
+        if earlier and not resuming and not (path / "config.json").exists():
+            raise UserError(
+                f"{path}: holds {earlier[0].name} but no config.json, so it is not a run of this project and is not "
+                "overwritten; name another folder",
+                about="run_dir",
+            )
         self._replace = not resuming
         self._tensorboard = None
         self._first_epoch = 0
@@ -72,10 +72,10 @@ class RunFolder:
         a resumed run is about to do again."""
         self._first_epoch = epoch
         if self._replace:
-            old = [self.best, self._metrics, self._steps, self.path / "test.json", self.path / "broken.txt"]
-            old += [*self.path.glob("last*.damaged"), *self.path.glob("events.out.tfevents.*")]
-            for file in [*kept_checkpoints(self.path), *old]:
-                file.unlink(missing_ok=True)
+            names = ("best.pt", "metrics.jsonl", "steps.jsonl", "test.json", "broken.txt", "last*.damaged")
+            found = [self.path.glob(name) for name in (*names, "events.out.tfevents.*")]
+            for file in itertools.chain(kept_checkpoints(self.path), *found):
+                file.unlink()
             return
         for file, start in ((self._metrics, (epoch, 0)), (self._steps, (epoch, clips + 1))):
             if file.exists():

@@ -51,14 +51,10 @@ class Runtime:
 
     def add(self, *counts: int) -> list[int]:
         """Each of `counts` summed over all ranks."""
-        if self.count == 1:
-            return [int(count) for count in counts]
-        sums = torch.tensor(counts, dtype=torch.int64)
-        dist.all_reduce(sums, group=self.control)
-        return sums.tolist()
+        return self.sum(torch.tensor(counts, dtype=torch.int64)).tolist()
 
     def sum(self, values: Tensor) -> Tensor:
-        """The float64 `values` summed over all ranks, on the device of `values`."""
+        """The `values` summed over all ranks, on the device of `values`."""
         if self.count == 1:
             return values
         total = values.detach().to("cpu", copy=True)

@@ -25,10 +25,7 @@ def resume(run: RunFolder, network: nn.Module, optimizer: optim.Optimizer, setti
     check_settings(path, state["model_settings"], settings)
     check_settings(path, {"optimizer": state["optimizer_name"]}, {"optimizer": _name(optimizer)})
     network.load_state_dict(state["model"])
-    asked = [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups]
-    optimizer.load_state_dict(state["optimizer"])
-    for group, (learning_rate, weight_decay) in zip(optimizer.param_groups, asked, strict=True):
-        group["lr"], group["weight_decay"] = learning_rate, weight_decay
+    optimizer.load_state_dict(state["optimizer"] | {"param_groups": optimizer.state_dict()["param_groups"]})
     print(f"resumed from {path}, after epoch {state['epoch']}")
     return state["history"]
 
