@@ -132,19 +132,12 @@ def kept_checkpoints(folder: Path) -> list[Path]:
 
 
 def _make_room(folder: Path, keep: int) -> None:
-    last, before = folder / LAST, _earlier(folder, 1)
-    begun = last.exists() and before.exists() and os.path.samefile(last, before)
-    if last.exists() and not begun:  # begun: killed between here and the renaming of the new file
-        for number in range(keep - 1, 1, -1):
-            if _earlier(folder, number - 1).exists():
-                os.replace(_earlier(folder, number - 1), _earlier(folder, number))
-        if keep > 1:
-            link = before.with_name(f".{before.name}.tmp")
-            try:
-                os.link(last, link)
-            except OSError:  # a file system without links: for a moment there is last-1.pt only
-                link = last
-            os.replace(link, before)
+    last = folder / LAST
+    if last.exists():  # if not, the process was killed between here and the renaming of the new file
+        for number in range(keep - 1, 0, -1):
+            newer = _earlier(folder, number - 1) if number > 1 else last
+            if newer.exists():
+                os.replace(newer, _earlier(folder, number))
     for file in kept_checkpoints(folder):
         if file != last and int(file.stem[5:]) >= keep:
             file.unlink()

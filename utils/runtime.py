@@ -74,15 +74,8 @@ class Runtime:
         once."""
         if self.count == 1:
             return function(*arguments, **more)
-        outcome, error = [None, False], None
-        if self.is_main:
-            try:
-                outcome[0] = function(*arguments, **more)
-            except UserError as raised:
-                outcome[1], error = True, raised
+        outcome = [self.in_all(function, *arguments, **more) if self.is_main else self.in_all(lambda: None)]
         dist.broadcast_object_list(outcome, src=0, group=self.control)
-        if outcome[1]:
-            raise error or OtherProcessError
         return outcome[0]
 
     def in_all(self, function: Callable[..., Result], *arguments, **more) -> Result:
@@ -94,8 +87,7 @@ class Runtime:
             result = function(*arguments, **more)
         except UserError as raised:
             error = raised
-        failed = [False] * self.count
-        dist.all_gather_object(failed, error is not None, group=self.control)
+        failed = self.gather([error is not None])
         if any(failed):
             raise error if error is not None and failed.index(True) == self.rank else OtherProcessError
         return result
@@ -176,9 +168,8 @@ def join_run(device: str, amp: bool) -> Runtime:
 
 def _check_devices(runtime: Runtime, error: UserError | None) -> None:
     """Raise this rank's `error`, or a UserError if its device is of another type than that of rank 0."""
-    types = [None] * runtime.count
     own = None if runtime.device is None else runtime.device.type
-    dist.all_gather_object(types, own, group=runtime.control)
+    types = runtime.gather([own])
     if error is not None:
         raise error
     if own != types[0]:
