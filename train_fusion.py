@@ -27,7 +27,7 @@ from dataset.clips import (
 )
 from dataset.demo import DemoSettings, generate_demo
 from dataset.device_loader import DeviceLoader, LoaderMaker
-from dataset.frame_sampling import frame_sampling
+from dataset.frame_sampling import SAMPLINGS
 from dataset.index import VideoIndex
 from dataset.readable import readable_videos
 from dataset.splits import Split, read_hmdb51, read_ucf101
@@ -42,14 +42,7 @@ from utils.runtime import Runtime
 from utils.script import run_script
 from utils.training.engine import TrainPosition
 from utils.training.fit import TrainingState, conclude, cosine_with_warmup, fit, score
-from utils.training.flags import (
-    add_shared_flags,
-    begin_run,
-    check_last_batch,
-    default_run_dir,
-    neuron_parameters,
-    parse,
-)
+from utils.training.flags import add_shared_flags, begin_run, check_epoch, default_run_dir, neuron_parameters, parse
 
 # ---- hyper-parameters: edit them here, or give the flag of the same name. --help explains each. -------
 DEFAULTS = dict(
@@ -208,7 +201,7 @@ def load_data(
     checkpoint: Checkpoint | None,
 ) -> Data:  # fmt: skip
     """Clips and loaders. The training clips of a continued run stand in the checkpoint's order."""
-    sampling = frame_sampling(args.sampling, args.time, args.frame_stride, args.views)
+    sampling = SAMPLINGS[args.sampling](args.time, args.frame_stride, args.views)
     make = LoaderMaker(sampling, args.stride, args.batch_size, args.workers, args.seed, args.strict, runtime)
 
     data_set = DATA_SETS[args.dset]
@@ -218,7 +211,7 @@ def load_data(
     if checkpoint is not None and not args.test_only:
         clips, ids = in_checkpoint_order(train, clips, checkpoint)
     train_loader = make.train(train, clips, resized_crop(args.size, flip, data_set.crop_area))
-    check_last_batch(args, train_loader, runtime)
+    check_epoch(args, train_loader, runtime)
 
     def test_on(videos: VideoTable) -> tuple[DeviceLoader, str]:
         clips = eval_clips(videos, sampling, args.crops)

@@ -17,7 +17,7 @@ from torch import nn
 
 from dataset.clips import VideoTable, clip_ids, count_short, eval_clips, fingerprint, in_checkpoint_order, random_clips
 from dataset.device_loader import DeviceLoader, LoaderMaker
-from dataset.frame_sampling import frame_sampling
+from dataset.frame_sampling import SAMPLINGS
 from dataset.index import VideoIndex
 from dataset.lists import VideoList, read_label_map, read_lists
 from dataset.readable import readable_videos
@@ -34,7 +34,7 @@ from utils.training.fit import TrainingState, conclude, cosine_with_warmup, fit,
 from utils.training.flags import (
     add_shared_flags,
     begin_run,
-    check_last_batch,
+    check_epoch,
     default_run_dir,
     neuron_parameters,
     parse,
@@ -206,7 +206,7 @@ def load_data(
     checkpoint: Checkpoint | None,
 ) -> Data:  # fmt: skip
     """Clips and loaders. The training clips of a continued run stand in the checkpoint's order."""
-    sampling = frame_sampling(args.sampling, args.time, args.frame_stride, args.views)
+    sampling = SAMPLINGS[args.sampling](args.time, args.frame_stride, args.views)
     make = LoaderMaker(sampling, args.stride, args.batch_size, args.workers, args.seed, args.strict, runtime)
 
     clips = random_clips(train)
@@ -214,7 +214,7 @@ def load_data(
     if checkpoint is not None and not args.test_only:
         clips, ids = in_checkpoint_order(train, clips, checkpoint)
     train_loader = make.train(train, clips, multi_scale_crop(args.size, args.flip))
-    check_last_batch(args, train_loader, runtime)
+    check_epoch(args, train_loader, runtime)
 
     def test_on(videos: VideoTable) -> tuple[DeviceLoader, str]:
         clips = eval_clips(videos, sampling, args.crops)

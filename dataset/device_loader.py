@@ -15,7 +15,6 @@ from dataset.clips import VideoTable
 from dataset.frame_sampling import FrameSampling
 from dataset.residual import key_residual_split
 from dataset.video import VideoBatch, VideoDataset, collate, loaded, make_loader
-from utils.errors import UserError
 from utils.runtime import Runtime
 
 
@@ -77,9 +76,7 @@ class LoaderMaker:
     runtime: Runtime
 
     def train(self, videos: VideoTable, clips: numpy.ndarray, transform: Callable[[Tensor], Tensor]) -> DeviceLoader:
-        """The clips, shuffled anew each epoch. Raises UserError if there are fewer clips than ranks."""
-        if 0 < len(clips) < self.runtime.count:
-            raise UserError(f"{len(clips)} training clips cannot be shared out to {self.runtime.count} processes")
+        """The clips, shuffled anew each epoch."""
         batches = TrainBatchSampler(len(clips), self.batch_size, self.seed, self.runtime.rank, self.runtime.count)
         return self._loader(videos, clips, [transform], batches)
 

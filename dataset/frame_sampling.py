@@ -4,6 +4,7 @@ To add a sampling, write a class with the methods of `FrameSampling` and give it
 """
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -117,14 +118,11 @@ class SegmentSampling:
         return video_frames < self.clip_frames
 
 
-SAMPLINGS = ("segments", "window")
-
-
-def frame_sampling(name: str, clip_frames: int, frame_stride: int, views: int) -> FrameSampling:
-    """name: one of SAMPLINGS. frame_stride: of a window. views: clips that a video is tested on."""
-    if name == "segments":
-        return SegmentSampling(clip_frames, views)
-    return WindowSampling(clip_frames, frame_stride, views)
+# name -> (frames a clip, frame stride, test clips a video) -> sampling
+SAMPLINGS: dict[str, Callable[[int, int, int], FrameSampling]] = {
+    "segments": lambda clip_frames, frame_stride, views: SegmentSampling(clip_frames, views),
+    "window": WindowSampling,
+}
 
 
 def _last_start(video_frames: int, clip_frames: int, frame_stride: int) -> int:

@@ -45,7 +45,8 @@ def readable_videos(
 
     train, test = ([video for video in part if not infos[video.path].error] for part in (split.train, split.test))
     for part, before, now in (("train", split.train, train), ("test", split.test, test)):
-        if before and not now:
-            raise UserError(f"none of the {len(before)} videos to {part} on can be read, the first: {unreadable[0]}")
+        if not now and (before or part == "test"):
+            first = f", the first: {unreadable[0]}" if unreadable else ""
+            raise UserError(f"none of the {len(before)} videos to {part} on can be read{first}")
     train, val = cut_validation(train, val_fraction, seed) if train and val_fraction > 0 else (train, [])
     return tuple(VideoTable(part, [infos[video.path] for video in part]) for part in (train, val, test))

@@ -79,7 +79,7 @@ def _lif_spikingjelly(current: Tensor, parameters: LIFParameters, v0: Tensor | N
     elif parameters.surrogate == "sigmoid":
         spike = surrogate.Sigmoid(alpha=parameters.alpha)
     else:
-        raise UserError("the LIF backend spikingjelly has no triangle surrogate; take auto or reference")
+        raise UserError(f"the LIF backend spikingjelly has no surrogate {parameters.surrogate}; take auto or reference")
     node = neuron.LIFNode(
         tau=parameters.tau,
         decay_input=True,

@@ -72,8 +72,10 @@ class ReSpike(nn.Module):
         ):
             if value not in choices:
                 raise UserError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
-        if lif_backend == "spikingjelly" and neuron.surrogate == "triangle":
-            raise UserError("lif_backend spikingjelly has no surrogate triangle; take auto or reference")
+        if lif_backend == "spikingjelly" and neuron.surrogate not in ("atan", "sigmoid"):
+            raise UserError(f"lif_backend spikingjelly has no surrogate {neuron.surrogate}; take auto or reference")
+        if pack_spikes and neuron_type != "lif":
+            raise UserError(f"pack_spikes keeps spikes of 0 and 1, as those of lif; got neuron_type {neuron_type!r}")
         self.stride = stride
         self.downsample = downsample
         self.ann = ResNetStages(backbone, weights) if branches != "snn" else None

@@ -64,16 +64,16 @@ class RunFolder:
                 about="run_dir",
             )
         self._replace = not resuming
-        self._tensorboard = None
-        self._first_epoch = 0
+        self._writers: dict[Path, SummaryWriter] = {}
+        self._first = (0, 0)  # epoch, and clips of the epoch, that this start begins with
 
     def begin(self, epoch: int, clips: int = 0) -> None:
         """Make room for a run that starts with clip `clips` of `epoch`: remove an earlier run, or the lines of what
         a resumed run is about to do again."""
-        self._first_epoch = epoch
+        self._first = (epoch, clips)
         if self._replace:
             names = ("best.pt", "metrics.jsonl", "steps.jsonl", "test.json", "broken.txt", "last*.damaged")
-            found = [self.path.glob(name) for name in (*names, "events.out.tfevents.*")]
+            found = [self.path.glob(name) for name in (*names, "events.out.tfevents.*", "steps/events.out.tfevents.*")]
             for file in itertools.chain(kept_checkpoints(self.path), *found):
                 file.unlink()
             return
@@ -120,42 +120,45 @@ class RunFolder:
     def add_picture(self, name: str, picture: Tensor) -> None:
         """picture [3, H, W] in [0, 1], to TensorBoard."""
         with writing(self.path):
-            self.tensorboard.add_image(name, picture)
+            self._writer(self.path, self._first[0]).add_image(name, picture)
 
     def add_metrics(self, metrics: dict) -> None:
         """A line of metrics.jsonl, and the same numbers to TensorBoard at step `metrics["epoch"]`."""
-        self._add_line(self._metrics, metrics, "", metrics["epoch"])
+        self._add_line(self._metrics, metrics, self._writer(self.path, self._first[0]), metrics["epoch"])
 
     def add_step(self, values: dict, clips_per_epoch: int) -> None:
-        """A line of steps.jsonl, and the same numbers to TensorBoard under step/, at the clips trained on so far.
+        """A line of steps.jsonl, and the same numbers to TensorBoard (steps/) at the clips trained on so far.
         values: "epoch", "clips" of the epoch that were done, and scalars."""
-        self._add_line(self._steps, values, "step/", values["epoch"] * clips_per_epoch + values["clips"])
+        (first_epoch, first_clip), epoch = self._first, values["epoch"]
+        # A writer of its own: TensorBoard hides what lies behind the step that a continued run begins with.
+        writer = self._writer(self.path / "steps", first_epoch * clips_per_epoch + first_clip + 1)
+        self._add_line(self._steps, values, writer, epoch * clips_per_epoch + values["clips"])
 
-    def _add_line(self, file: Path, values: dict, prefix: str, at: int) -> None:
+    def _add_line(self, file: Path, values: dict, writer: SummaryWriter, at: int) -> None:
         with writing(file):
             with open(file, "a") as opened:
-                opened.write(json.dumps(values) + "\n")
+                opened.write(json.dumps(values, default=float) + "\n")  # a tensor of one number is its number
                 opened.flush()
                 if file == self._metrics:
                     os.fsync(opened.fileno())
             for name, value in values.items():
                 for tag, number in value.items() if isinstance(value, dict) else [("", value)]:
-                    if isinstance(number, int | float) and name not in ("epoch", "clips"):
-                        self.tensorboard.add_scalar(prefix + (f"{name}/{tag}" if tag else name), number, at)
-            if file == self._metrics:
-                self.tensorboard.flush()
+                    if isinstance(number, int | float | Tensor) and name not in ("epoch", "clips"):
+                        writer.add_scalar(f"{name}/{tag}" if tag else name, number, at)
+            writer.flush()
 
-    @property
-    def tensorboard(self) -> SummaryWriter:
-        if self._tensorboard is None:
+    def _writer(self, folder: Path, first: int) -> SummaryWriter:
+        """Of TensorBoard events from step `first` on."""
+        if folder not in self._writers:
             threading.excepthook = _leave_disk_errors_to_the_main_thread
-            self._tensorboard = SummaryWriter(str(self.path), purge_step=self._first_epoch)
-        return self._tensorboard
+            with writing(folder):
+                self._writers[folder] = SummaryWriter(str(folder), purge_step=first)
+        return self._writers[folder]
 
     def close(self) -> None:
-        if self._tensorboard is not None:
+        for writer in self._writers.values():
             with contextlib.suppress(OSError):  # all that matters is written already
-                self._tensorboard.close()
+                writer.close()
 
     def _write(self, name: str, text: str) -> None:
         with writing(self.path / name):

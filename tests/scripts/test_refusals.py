@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import train_fusion
 from tests.helpers.script import ROOT, command_line, refused, run_here
 from utils.checkpoint import load_checkpoint
 
@@ -63,6 +64,15 @@ def test_lists_that_name_nothing_on_disk(monkeypatch, capfd, flags, tmp_path):
         flags | {"--data-root": tmp_path / "videos"},
         r"--data-root \S*videos: holds none of the videos to train on of split 1",
     )
+
+
+def test_a_reader_that_finds_nothing_to_train_on(monkeypatch, capfd, flags):
+    from dataclasses import replace
+
+    hmdb51 = train_fusion.DATA_SETS["hmdb51"]
+    empty = replace(hmdb51, read=lambda *where: replace(hmdb51.read(*where), train=[]))
+    monkeypatch.setitem(train_fusion.DATA_SETS, "hmdb51", empty)
+    refused(monkeypatch, capfd, flags, r"0 training clips cannot be shared out to 1 processes")
 
 
 @pytest.fixture

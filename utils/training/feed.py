@@ -84,8 +84,8 @@ class Feed:
             kept = [number for number in range(len(group)) if not empty[number]]
             step_clips = sum(clips[number] for number in kept)
             batches = (self._loader.split(fetched[number]) for number in kept)
-            yield Step(batches, len(kept), step_clips, sum(group), stop > 0, save > 0)
             self._clips += step_clips
+            yield Step(batches, len(kept), step_clips, sum(group), stop > 0, save > 0)
 
     def batches(self, should_stop: Callable[[], bool]) -> Iterator[Batch]:
         """The batches of this rank in an evaluation. Ends early, and sets `stopped`, if a rank was asked to stop."""

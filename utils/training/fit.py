@@ -24,9 +24,11 @@ from utils.training.flags import NOT_TRAINING_FLAGS
 from utils.training.metrics import NonFiniteLossError, StepLog
 
 NO_BEST_EPOCH = {"epoch": None, "video_top1": -1.0}
-# Checkpoints from before these were settings were trained with them.
+# Checkpoints from before these were settings and flags were trained with them.
 _EARLIER_SETTINGS = {"neuron": "lif", "tau": 4 / 3, "surrogate": "atan", "alpha": 2.0}
-_EARLIER_FLAGS = {"momentum": 0.9}
+_EARLIER_FLAGS = {
+    **_EARLIER_SETTINGS, "momentum": 0.9, "sampling": "window", "crops": 1, "flip": None, "val_fraction": 0.0,
+}  # fmt: skip
 
 
 @dataclass
@@ -64,6 +66,7 @@ class TrainingState:
     def _write(self, path: Path, keep: int, scores: list[float]) -> None:
         state = {name: getattr(self, name).state_dict() for name in ("model", "optimizer", "scaler")}
         state |= {"model_settings": self.settings, "flags": self.flags | {"processes": self.runtime.count}}
+        state["optimizer_name"] = type(self.optimizer).__name__
         state |= {"clips": torch.from_numpy(self.clip_ids), "selection": self.evaluated_clips, "best": self.best}
         state["position"] = {"epoch": self.position.epoch, "clips": self.position.clips, "scores": scores}
         save_checkpoint(path, state | {"random": random_state()}, keep)
@@ -81,6 +84,8 @@ class TrainingState:
 
     def _restore(self, path: Path, state: dict) -> None:
         check_settings(path, _EARLIER_SETTINGS | state["model_settings"], self.settings)
+        optimizer = type(self.optimizer).__name__
+        check_settings(path, {"optimizer": state.get("optimizer_name", "SGD")}, {"optimizer": optimizer})
         epoch, clips, scores = (state["position"][name] for name in ("epoch", "clips", "scores"))
         if not (epoch >= 0 and 0 <= clips <= len(state["clips"])):
             raise UserError(
@@ -108,11 +113,11 @@ class TrainingState:
             self.scaler.load_state_dict(state["scaler"])
         set_random_state(state["random"])
         print(f"resumed from {path}: epoch {epoch + 1}, clip {clips} of {len(self.clip_ids)}")
-        for flag, value in flags.items():
-            now = (self.flags | {"processes": self.runtime.count}).get(flag)
-            if flag not in NOT_TRAINING_FLAGS and now != value:
+        for flag, value in (self.flags | {"processes": self.runtime.count}).items():
+            before = flags.get(flag, "not there")
+            if flag not in NOT_TRAINING_FLAGS and value != before:
                 name = flag if flag == "processes" else f"--{flag.replace('_', '-')}"
-                print(f"note: {name} was {value}, is now {now}")
+                print(f"note: {name} was {before}, is now {value}")
         # A best epoch later than this checkpoint comes from a continuation that was abandoned; ignore it.
         is_past = state["best"] is not None and state["best"]["epoch"] is not None and state["best"]["epoch"] <= epoch
         if is_past and state["selection"] == self.evaluated_clips:

@@ -70,7 +70,7 @@ def add_shared_flags(parser: ArgumentParser) -> None:
     add = parser.add_argument_group("clips").add_argument
     add("-T", "--time", type=whole(1), metavar="N", help="frames a clip; a multiple of --stride")
     add("--stride", type=whole(1), metavar="N", help="frames a segment: one key frame, the others residual")
-    add("--sampling", choices=SAMPLINGS,
+    add("--sampling", choices=sorted(SAMPLINGS),
         help="segments: a frame of each of T equal parts of the video (TSN); window: T consecutive frames")
     add("--frame-stride", type=whole(1), metavar="N",
         help="--sampling window: video frames from one clip frame to the next")
@@ -212,11 +212,15 @@ def begin_run(args: argparse.Namespace) -> tuple[Runtime, RunFolder, Checkpoint 
     return runtime, run, checkpoint
 
 
-def check_last_batch(args: argparse.Namespace, loader: DeviceLoader, runtime: Runtime) -> None:
-    """Raise UserError if the epoch's last batch is a single key frame of one pixel after five halvings: batch norm
-    has nothing to normalise it by."""
-    smallest = min(loader.batches.sizes(), default=0) // runtime.count
-    if smallest * (args.time // args.stride) == 1 and args.size == SIZE_MULTIPLE and not args.test_only:
+def check_epoch(args: argparse.Namespace, loader: DeviceLoader, runtime: Runtime) -> None:
+    """Raise UserError if an epoch cannot be trained on: it has no clip for some rank, or its last batch is a single key
+    frame of one pixel after five halvings, which batch norm has nothing to normalise by."""
+    sizes = loader.batches.sizes()  # of the batches, over all ranks
+    if args.test_only:
+        return
+    if not sizes:
+        raise UserError(f"{loader.clips} training clips cannot be shared out to {runtime.count} processes")
+    if min(sizes) // runtime.count * (args.time // args.stride) == 1 and args.size == SIZE_MULTIPLE:
         raise UserError(
             f"-b: the last batch of an epoch holds one key frame of {args.size} x {args.size} pixels, on which batch "
             "norm cannot be trained; take another -b, more key frames (-T) or a larger --size"

@@ -72,6 +72,15 @@ def test_every_scalar_reaches_metrics_and_tensorboard(run, monkeypatch):
     assert {"of_train_one_epoch", "of_evaluate", "video_top1", "test_loss"} <= set(events.Tags()["scalars"])
 
 
+def test_a_scalar_may_be_a_tensor(run, monkeypatch):
+    import utils.training.fit as module
+
+    original = module.train_one_epoch
+    monkeypatch.setattr(module, "train_one_epoch", lambda *a, **k: original(*a, **k) | {"norm": torch.tensor(2.5)})
+    assert run_fit(run, state(), epochs=1)
+    assert json.loads((run.path / "metrics.jsonl").read_text())["norm"] == 2.5
+
+
 def steps(run: RunFolder) -> list[dict]:
     return [json.loads(line) for line in (run.path / "steps.jsonl").read_text().splitlines()]
 
@@ -118,6 +127,19 @@ def test_a_checkpoint_without_these_settings_had_todays_defaults(saved, capsys):
     assert "note: --" not in capsys.readouterr().out
     with pytest.raises(UserError, match=r"its tau is 1\.33.*, this run's is 2\.0"):
         restored(saved, tau=2.0)
+
+
+def test_a_flag_that_the_checkpoint_lacks_is_noted(saved, capsys):
+    into = state()
+    into.flags["loss"] = "margin"
+    into.restore(Checkpoint("last.pt", saved))
+    assert "note: --loss was not there, is now margin" in capsys.readouterr().out
+
+
+def test_another_optimizer_is_refused_by_name(saved):
+    into = state(lambda model: torch.optim.AdamW(model.parameters()))
+    with pytest.raises(UserError, match="its optimizer is SGD, this run's is AdamW"):
+        into.restore(Checkpoint("last.pt", saved))
 
 
 def test_another_momentum_is_noted(saved, capsys):
