@@ -7,10 +7,8 @@ Reads top to bottom: the config, the videos, their features, a head and its trai
 what a config may hold, utils/heads/fit.py is the training, utils/heads/engine.py one epoch of it.
 """
 
-import contextlib
 import dataclasses
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,8 +28,9 @@ from models.heads.on_features import OnFeatures, OnFrames
 from utils.checkpoint import check_settings, kept_checkpoints, load_checkpoint, save_checkpoint
 from utils.device import choose_device, cpu_count, device_name, seed_all
 from utils.errors import ArgumentParser, UserError
+from utils.files import writing
 from utils.heads.batches import ClipBatches, FeatureBatches
-from utils.heads.config import HEADS, READERS, Config, read_config
+from utils.heads.config import HEADS, READERS, Config, naming, read_config
 from utils.heads.engine import evaluate
 from utils.heads.features import cached_features
 from utils.heads.fit import fit, resume
@@ -67,15 +66,6 @@ def pick_device(config_file: str, use_cuda: bool, asked: str | None) -> torch.de
     return choose_device("cuda" if use_cuda else "cpu")
 
 
-@contextlib.contextmanager
-def errors_name(key: str) -> Iterator[None]:
-    """Put the config's key before the message of a UserError: the functions called here do not know the config."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(f"{key}: {error}") from error
-
-
 # ---- data: split files -> readable videos -> features, or clips if the CNN is trained along -----------------------
 
 
@@ -85,7 +75,6 @@ class Data:
 
     train_loader: FeatureBatches | ClipBatches
     test_loader: FeatureBatches | ClipBatches
-    width: int  # of the features
     mean: Tensor  # [width], of the training features
     deviation: Tensor  # [width], of the training features
     cnn: FrameCNN | None  # if it is trained along with the head
@@ -94,7 +83,7 @@ class Data:
 def find_videos(config: Config) -> tuple[list[str], VideoTable, VideoTable]:
     """(classes, videos to train on, videos to test on)"""
     data_path, annotation_path = config.data_path, config.annotation_path
-    with errors_name("data_path, annotation_path"):
+    with naming("data_path, annotation_path"):
         if config.dset in ("demo", "demo_orders"):
             settings = DemoSettings(kind="motion" if config.dset == "demo" else "colour_orders")
             data_path, annotation_path = generate_demo(Path(data_path), settings, workers=cpu_count())
@@ -109,10 +98,9 @@ def load_data(config: Config, train_videos: VideoTable, test_videos: VideoTable,
     """Minibatches of cached features, or of clips if the CNN is trained along with the head."""
     loading, files, trainer = config.dataloader, config.pickle_locations, config.SNN_trainer
     sampling = SegmentSampling(loading.frames_per_segment, loading.segments_per_video)
-    pin = loading.pin_memory and device.type == "cuda"
     batching = (config.SNN.minibatch_size, config.seed, device)
     try:
-        with errors_name("pickle_locations.CNN_weights"):
+        with naming("pickle_locations.CNN_weights"):
             cnn = FrameCNN(config.CNN.backbone, files.CNN_weights, config.CNN.projection).to(device)
     except UserError as error:
         if not trainer.import_CNN_forward_data:
@@ -121,26 +109,18 @@ def load_data(config: Config, train_videos: VideoTable, test_videos: VideoTable,
         cnn = None
 
     if trainer.end_to_end:
-        loaders = [
-            ClipBatches(videos, sampling, loading.size, *batching, workers=loading.workers, pin=pin)
-            for videos in (train_videos, test_videos)
-        ]
-        return Data(*loaders, cnn.width, torch.zeros(cnn.width), torch.ones(cnn.width), cnn)
+        loaders = [ClipBatches(videos, sampling, loading, *batching) for videos in (train_videos, test_videos)]
+        return Data(*loaders, torch.zeros(cnn.width), torch.ones(cnn.width), cnn)
 
     train, test = (
-        cached_features(
-            Path(data_file), Path(labels_file), videos, sampling, cnn, dataclasses.asdict(config.CNN),
-            device=device, batch_size=loading.batch_size, workers=loading.workers, size=loading.size, pin=pin,
-            may_build=not trainer.import_CNN_forward_data, verify=trainer.verify_CNN_data,
-        )
+        cached_features(Path(data_file), Path(labels_file), videos, sampling, cnn, config, device)
         for data_file, labels_file, videos in (
             (files.train_data, files.train_labels, train_videos),
             (files.test_data, files.test_labels, test_videos),
         )
-    )  # fmt: skip
+    )
     print(f"features: {list(train.data.shape)} to train on, {list(test.data.shape)} to test on (clips, frames, width)")
-    loaders = [FeatureBatches(part, *batching) for part in (train, test)]
-    return Data(*loaders, train.data.shape[2], *train.moments(), cnn=None)
+    return Data(FeatureBatches(train, *batching), FeatureBatches(test, *batching), *train.moments(), cnn=None)
 
 
 # ---- a head: built, trained, tested ------------------------------------------------------------------------------
@@ -190,24 +170,23 @@ def run_head(config: Config, data: Data, classes: int, device: torch.device, in_
         raise UserError(
             f"{folder}: holds a run already; set SNN_trainer.resume to true to continue it, or give another name"
         )
-    with errors_name("save_dir"):
+    with naming("save_dir"):
         run = RunFolder(folder, resuming=True, overwrite=False)
     seed_all(config.seed)  # again: the head is the same whether the features were computed or read
-    head = build_head(config, data.width, classes)
+    head = build_head(config, len(data.mean), classes)
     inputs = (snn.steps_per_frame, data.mean, data.deviation)
     network = OnFeatures(head, *inputs) if data.cnn is None else OnFrames(data.cnn, head, *inputs)
     network = network.to(device)
-    settings = network_settings(config, data.width, classes)
+    settings = network_settings(config, len(data.mean), classes)
     print(f"{snn.head}: {sum(parameter.numel() for parameter in network.parameters()):,} parameters in {folder}")
 
     if not trainer.do_SNN_training:
         state = load_checkpoint(Path(weights))
         check_settings(Path(weights), state["model_settings"], settings)
         network.load_state_dict(state["model"])
-    elif not train(config, network, head, data, run, settings, weights):
+    elif not train(config, network, data, run, settings, weights):
         run.close()
         return False
-    network.eval()
     tested = evaluate(network, data.test_loader, data.test_loader.videos)
     frames, segments = config.dataloader.frames_per_segment, config.dataloader.segments_per_video
     about = {"head": snn.head, "train_mode": snn.train_mode, "frames": frames, "segments": segments}
@@ -221,33 +200,20 @@ def run_head(config: Config, data: Data, classes: int, device: torch.device, in_
 
 
 def train(
-    config: Config,
-    network: nn.Module,
-    head: nn.Module,
-    data: Data,
-    run: RunFolder,
-    settings: dict,
-    weights: str | Path | None,
+    config: Config, network: OnFeatures, data: Data, run: RunFolder, settings: dict, weights: str | Path | None
 ) -> bool:
     """Train from the run folder's newest checkpoint on, and save the weights. Returns False if a signal stopped it."""
     if weights is not None:
-        try:  # now, not after hours of training
+        with naming("pickle_locations.SNN_weights"), writing(weights):  # now, not after hours of training
             Path(weights).parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"pickle_locations.SNN_weights: {weights}: cannot be written ({error.strerror})") from error
     optimizer = build_optimizer(config, network)
     history = resume(run, network, optimizer, settings)
     run.begin(len(history))
     run.write_config(dataclasses.asdict(config), network=settings)
     if config.SNN_trainer.get_initial_testing_accuracy and not history:
-        network.eval()
         tested = evaluate(network, data.test_loader, data.test_loader.videos)
         print(f"before training: last step {tested['last_step']:.2f} %, video {tested['video']:.2f} %")
-    finished = fit(
-        network, head, data.train_loader, data.test_loader, optimizer, run, history=history,
-        epochs=config.SNN_trainer.epochs, loss=config.SNN.loss, train_mode=config.SNN.train_mode, settings=settings,
-        title=f"{config.name}: {config.SNN.head}",
-    )  # fmt: skip
+    finished = fit(network, data.train_loader, data.test_loader, optimizer, run, config, history, settings)
     if finished and weights is not None:
         save_checkpoint(Path(weights), {"model_settings": settings, "model": network.state_dict()})
     return finished

@@ -18,7 +18,7 @@ from torch import Tensor
 from models.heads.lmu import LMUHead
 from models.heads.neurons import SpikingRectifiedLinear
 from utils.heads.batches import minibatches
-from utils.heads.engine import evaluate, train_epoch
+from utils.heads.engine import evaluate, neurons_of, train_epoch
 
 SYMBOLS, STEPS, SHOWN = 8, 28, 4
 NOISE = 0.5  # standard deviation of each input after the symbol
@@ -50,10 +50,8 @@ def trained(head: str, seed: int, epochs: int) -> dict[str, float]:
     for epoch in range(epochs):
         order = minibatches(TRAINING, 100, seed, epoch)
         batches = ((inputs[:, batch], labels[batch]) for batch in order)
-        result = train_epoch(
-            model, model, batches, optimizer, task=f"epoch {epoch + 1}", steps=len(order), loss="last",
-            train_mode=mode, shown=False,
-        )  # fmt: skip
+        with neurons_of(model, mode):
+            result = train_epoch(model, batches, optimizer, task=f"epoch {epoch + 1}", steps=len(order), loss="last")
     inputs, labels = delayed_recall(TESTING, 200 + seed)
     tested = evaluate(model, [(inputs, labels)], torch.arange(TESTING))
     return {"train": result["train_last_step"], "test": tested["last_step"]}

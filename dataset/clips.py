@@ -8,7 +8,7 @@ into every data loading process.
 import hashlib
 import os
 from collections import defaultdict, deque
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy
 
@@ -43,47 +43,35 @@ class VideoTable:
         return len(self.labels)
 
     def path(self, video: int) -> str:
-        begin, end = _bounds(self._path_ends, video)
-        return os.fsdecode(self._paths[begin:end].tobytes())
+        return os.fsdecode(self._paths[_slice(self._path_ends, video)].tobytes())
 
     def seek_points(self, video: int) -> list[SeekPoint]:
-        begin, end = _bounds(self._seek_point_ends, video)
-        return [SeekPoint(index, pts) for index, pts in self._seek_points[begin:end].tolist()]
+        return [SeekPoint(*point) for point in self._seek_points[_slice(self._seek_point_ends, video)].tolist()]
 
 
-def _bounds(ends: numpy.ndarray, number: int) -> tuple[int, int]:
-    return (int(ends[number - 1]) if number else 0), int(ends[number])
+def _slice(ends: numpy.ndarray, number: int) -> slice:
+    return slice(ends[number - 1] if number else 0, ends[number])
 
 
 def random_clips(videos: VideoTable) -> numpy.ndarray:
     """CLIP [videos]: one clip a video, at a new place each epoch."""
-    return _clips([(video, RANDOM_PLACE, 0) for video in range(len(videos))])
+    return _clips(videos, lambda frames: [RANDOM_PLACE])
 
 
 def dense_clips(videos: VideoTable, sampling: WindowSampling, step_frames: int) -> numpy.ndarray:
     """CLIP [clips]: every window of every video, `step_frames` apart. Long videos count more (as published)."""
-    return _clips(
-        [
-            (video, place, 0)
-            for video, frames in enumerate(videos.frames.tolist())
-            for place in sampling.every_place(frames, step_frames)
-        ]
-    )
+    return _clips(videos, lambda frames: sampling.every_place(frames, step_frames))
 
 
 def eval_clips(videos: VideoTable, sampling: FrameSampling, crops: int = 1) -> numpy.ndarray:
     """CLIP [clips]: the views of every video, each cropped `crops` times. The clips of a video are neighbours."""
-    return _clips(
-        [
-            (video, place, crop)
-            for video, frames in enumerate(videos.frames.tolist())
-            for place in sampling.places(frames)
-            for crop in range(crops)
-        ]
-    )
+    return _clips(videos, sampling.places, crops)
 
 
-def _clips(rows: list[tuple[int, int, int]]) -> numpy.ndarray:
+def _clips(videos: VideoTable, places: Callable[[int], Iterable[int]], crops: int = 1) -> numpy.ndarray:
+    """places: number of frames of a video -> places of its clips."""
+    lengths = enumerate(videos.frames.tolist())
+    rows = [(video, at, crop) for video, frames in lengths for at in places(frames) for crop in range(crops)]
     return numpy.array(rows, dtype=CLIP)
 
 
@@ -128,8 +116,7 @@ def clips_in_order(videos: VideoTable, clips: numpy.ndarray, ids: numpy.ndarray)
 def in_checkpoint_order(
     videos: VideoTable, clips: numpy.ndarray, checkpoint: Checkpoint
 ) -> tuple[numpy.ndarray, numpy.ndarray]:
-    """(clips, their ids) in the order of the checkpoint, so that the run continues with the clips that it was started
-    with, even if some videos have come or gone.
+    """(clips, their ids) in the order of the checkpoint, as `clips_in_order` gives them.
 
     If more than a tenth has come or gone, it is another data set, which has its own order from the next epoch on.
     Raises UserError if that happens in mid-epoch.

@@ -1,16 +1,14 @@
 """Generated data sets: eight classes of motion that no single frame tells, or six orders of colours.
 
-Six textured shapes, brighter than their textured ground, move left, right, up or down, turn clockwise
-or counter-clockwise, grow or shrink. Everything else is drawn independently of the class, and so
-that it stays so in every frame: places lie on a torus, where a uniform place stays uniform under any
-motion; angles likewise on a circle; the logarithm of the size on an interval whose ends are joined,
-so a growing shape that has become largest goes on as smallest. A single frame therefore has the same
-distribution under every class, and only what changes between frames tells them apart. A horizontal
-flip would swap classes.
+Motion: six textured shapes, brighter than their textured ground, move left, right, up or down, turn clockwise or
+counter-clockwise, grow or shrink. Everything else is drawn independently of the class and stays so in every frame:
+places lie on a torus, angles on a circle, and the logarithm of the size on an interval whose ends are joined, so a
+shape that has become largest goes on as smallest. A single frame therefore has the same distribution under every
+class. A horizontal flip would swap classes.
 
-In the other set three tints of the ground follow each other, each for some frames; the class is their
-order. It is for heads on the features of a frozen CNN: even a random one tells tints apart, and the last frame
-alone leaves two orders to choose from.
+Orders of colours: three tints of the ground follow each other, each for some frames; the class is their order. It is
+for heads on the features of a frozen CNN: even a random one tells tints apart, and the last frame alone leaves two
+orders to choose from.
 
 Written as MPEG-4 in AVI, in HMDB-51's layout, by PyAV.
 """
@@ -33,9 +31,14 @@ from utils.errors import UserError
 from utils.progress import Progress
 from utils.signals import leave_signals_to_the_main_process
 
-CLASSES = (
-    "move_left", "move_right", "move_up", "move_down", "turn_clockwise", "turn_counterclockwise", "grow", "shrink",
-)  # fmt: skip
+# Class -> direction to the right, direction down, clockwise turn, growth.
+_MOTIONS = {
+    "move_left": (-1, 0, 0, 0), "move_right": (1, 0, 0, 0), "move_up": (0, -1, 0, 0), "move_down": (0, 1, 0, 0),
+    "turn_clockwise": (0, 0, 1, 0), "turn_counterclockwise": (0, 0, -1, 0),
+    "grow": (0, 0, 0, 1), "shrink": (0, 0, 0, -1),
+}  # fmt: skip
+CLASSES = tuple(_MOTIONS)
+_PARTS = {"train": 1, "test": 2}  # the numbers in HMDB-51's split files
 _TINTS = {"red": (1.6, 0.7, 0.7), "green": (0.7, 1.6, 0.7), "blue": (0.7, 0.7, 1.6)}
 COLOUR_ORDERS = tuple("_".join(order) for order in itertools.permutations(_TINTS))
 
@@ -65,32 +68,33 @@ def generate_demo(root: Path, settings: DemoSettings, workers: int) -> tuple[Pat
     same videos for `dataset.lists`.
     """
     videos, splits, stamp = root / "videos", root / "splits", root / "demo_settings.json"
-    wanted = asdict(settings)
+    wanted = json.dumps({**asdict(settings), "complete": True})
+    counts = {"train": settings.train_videos_per_class, "test": settings.test_videos_per_class}
     try:
-        if stamp.is_file() and stamp.read_text() == json.dumps({**wanted, "complete": True}):
+        if stamp.is_file() and stamp.read_text() == wanted:
             return videos, splits
         # Only what carries the demo's stamp is the demo's to replace.
         if not stamp.is_file() and (videos.exists() or splits.exists()):
             raise UserError(f"{root}: holds videos that are not the demo's; name another folder", about="data_root")
         root.mkdir(parents=True, exist_ok=True)
-        stamp.write_text(json.dumps({**wanted, "complete": False}))  # an interrupted generation starts over
+        stamp.write_text("")  # an interrupted generation starts over
         for folder in (videos, splits):
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
-        tasks, lists = [], {"train": [], "test": []}
-        for label, name in enumerate(settings.classes):
+        # <source>_<class>_<properties>_<number>.avi, as HMDB-51 names its files
+        tasks = [
+            (videos / name / f"{part}{number:04d}_{name}_f_nm_np1_fr_goo_0.avi", label, part, number, settings)
+            for label, name in enumerate(settings.classes)
+            for part in _PARTS
+            for number in range(counts[part])
+        ]
+        for name in settings.classes:
             (videos / name).mkdir()
-            lines = []
-            for part, count in (("train", settings.train_videos_per_class), ("test", settings.test_videos_per_class)):
-                for number in range(count):
-                    # <source>_<class>_<properties>_<number>.avi, as HMDB-51 names its files
-                    file = f"{part}{number:04d}_{name}_f_nm_np1_fr_goo_0.avi"
-                    tasks.append((videos / name / file, label, part, number, settings))
-                    lines.append(f"{file} {1 if part == 'train' else 2}\n")
-                    lists[part].append(f"videos/{name}/{file} {label}\n")
+            lines = [f"{file.name} {_PARTS[part]}\n" for file, _, part, *_ in tasks if file.parent.name == name]
             (splits / f"{name}_test_split1.txt").write_text("".join(lines))
-        (root / "train.txt").write_text("".join(lists["train"]))
-        (root / "val.txt").write_text("".join(lists["test"]))
+        for part, list_name in (("train", "train.txt"), ("test", "val.txt")):
+            lines = [f"{file.relative_to(root)} {label}\n" for file, label, of, *_ in tasks if of == part]
+            (root / list_name).write_text("".join(lines))
         context = multiprocessing.get_context("fork" if hasattr(os, "fork") else "spawn")
         with (
             ProcessPoolExecutor(workers, context, leave_signals_to_the_main_process) as pool,
@@ -98,7 +102,7 @@ def generate_demo(root: Path, settings: DemoSettings, workers: int) -> tuple[Pat
         ):
             for _ in pool.map(_write_task, tasks, chunksize=4):
                 progress.advance()
-        stamp.write_text(json.dumps({**wanted, "complete": True}))
+        stamp.write_text(wanted)
     except OSError as error:
         raise UserError(f"{root}: the demo videos cannot be written ({error.strerror})") from error
     return videos, splits
@@ -118,7 +122,7 @@ def copy_lists(root: Path, copy: Path) -> None:
 def _write_task(task: tuple) -> None:
     path, label, part, number, settings = task
     # The test videos' numbers are drawn from other seeds than the training videos'.
-    seed = numpy.random.SeedSequence([settings.seed, {"train": 1, "test": 2}[part], label, number])
+    seed = numpy.random.SeedSequence([settings.seed, _PARTS[part], label, number])
     draw = draw_video if settings.kind == "motion" else draw_colour_order
     write_video(path, draw(settings.classes[label], numpy.random.default_rng(seed), settings))
 
@@ -160,15 +164,14 @@ def draw_video(name: str, generator: numpy.random.Generator, settings: DemoSetti
         }
         for _ in range(settings.shapes)
     ]
-    video = numpy.empty((settings.frames, side, side, 3), dtype=numpy.uint8)
+    frames = []
     for time in range(settings.frames):
         frame = ground.copy()
         for shape in shapes:
-            centre, angle, size = _pose(name, shape, time)
-            place, alpha, colour = _draw_shape(shape, centre, angle, size, side)
+            place, alpha, colour = _draw_shape(shape, *_pose(name, shape, time), side)
             frame[place] += alpha[..., None] * (colour - frame[place])
-        video[time] = frame.round().clip(0, 255)
-    return video
+        frames.append(frame)
+    return numpy.stack(frames).round().clip(0, 255).astype(numpy.uint8)
 
 
 def draw_colour_order(name: str, generator: numpy.random.Generator, settings: DemoSettings) -> numpy.ndarray:
@@ -178,22 +181,18 @@ def draw_colour_order(name: str, generator: numpy.random.Generator, settings: De
     ground = _texture(generator, side, cells=10, low=60, high=140)
     first = int(generator.integers(frames // 4, frames // 2 + 1))
     second = int(generator.integers(first + frames // 4, frames - frames // 4 + 1))
-    video = numpy.empty((frames, side, side, 3), dtype=numpy.uint8)
+    video = []
     for time in range(frames):
         tint = name.split("_")[(time >= first) + (time >= second)]
         drift = numpy.roll(ground, time, axis=1)
-        video[time] = (drift * _TINTS[tint] + generator.normal(0, 8, ground.shape)).round().clip(0, 255)
-    return video
+        video.append(drift * _TINTS[tint] + generator.normal(0, 8, ground.shape))
+    return numpy.stack(video).round().clip(0, 255).astype(numpy.uint8)
 
 
 def _pose(name: str, shape: dict, time: int) -> tuple[numpy.ndarray, float, float]:
     """Place, angle and size of a shape at a frame; x to the right, y down, angles clockwise on the screen."""
-    motion = {
-        "move_left": (-1, 0), "move_right": (1, 0), "move_up": (0, -1), "move_down": (0, 1),
-    }.get(name, (0, 0))  # fmt: skip
-    turn = {"turn_clockwise": 1, "turn_counterclockwise": -1}.get(name, 0)
-    growth = {"grow": 1, "shrink": -1}.get(name, 0)
-    centre = (shape["centre"] + time * shape["speed"] * numpy.array(motion)) % 1.0
+    right, down, turn, growth = _MOTIONS[name]
+    centre = (shape["centre"] + time * shape["speed"] * numpy.array((right, down))) % 1.0
     angle = shape["angle"] + time * turn * shape["turn"]
     low, high = _LOG_SIZE
     log_size = low + (shape["log_size"] - low + time * growth * shape["growth"]) % (high - low)
@@ -215,11 +214,9 @@ def _draw_shape(shape: dict, centre, angle: float, size: float, side: int) -> tu
     # Distance to the polygon's edge in units of its size, with an edge about a pixel soft.
     inside = math.cos(sector / 2) - radius * numpy.cos((phi % sector) - sector / 2)
     alpha = (inside * size * side + 0.5).clip(0.0, 1.0)
-    texture = shape["texture"]
-    cells = texture.shape[0]
-    column = ((x + 1) / 2 * (cells - 1)).clip(0, cells - 1.001)
-    row = ((y + 1) / 2 * (cells - 1)).clip(0, cells - 1.001)
-    return numpy.ix_(rows % side, columns % side), alpha, _bilinear(texture, row, column)
+    cells = len(shape["texture"])
+    column, row = (((axis + 1) / 2 * (cells - 1)).clip(0, cells - 1.001) for axis in (x, y))
+    return numpy.ix_(rows % side, columns % side), alpha, _bilinear(shape["texture"], row, column)
 
 
 def _texture(generator: numpy.random.Generator, side: int, cells: int, low: float, high: float) -> numpy.ndarray:

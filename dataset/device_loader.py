@@ -1,5 +1,6 @@
 """Loaders whose batches arrive on the device, copied ahead of need and split into key and residual frames."""
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -97,22 +98,17 @@ def to_device(batches: Iterable[VideoBatch], device: torch.device) -> Iterator[V
     if device.type != "cuda":
         yield from batches
         return
-    side = torch.cuda.Stream(device)
-    ahead = None
-    for batch in batches:
-        with torch.cuda.stream(side):
-            copied = VideoBatch(*(tensor.to(device, non_blocking=True) for tensor in batch[:3]), batch.failed)
-            done = side.record_event()
-        if ahead is not None:
-            yield _taken(*ahead, device)
-        ahead = copied, done
-    if ahead is not None:
-        yield _taken(*ahead, device)
-
-
-def _taken(batch: VideoBatch, copied: torch.cuda.Event, device: torch.device) -> VideoBatch:
-    stream = torch.cuda.current_stream(device)
-    stream.wait_event(copied)
-    for tensor in batch[:3]:
-        tensor.record_stream(stream)  # the side stream must not reuse it while this stream reads it
-    return batch
+    side, ahead = torch.cuda.Stream(device), None
+    for batch in itertools.chain(batches, [None]):
+        arrived = ahead
+        if batch is not None:
+            with torch.cuda.stream(side):
+                copied = VideoBatch(*(tensor.to(device, non_blocking=True) for tensor in batch[:3]), batch.failed)
+                ahead = copied, side.record_event()
+        if arrived is not None:
+            copied, done = arrived
+            stream = torch.cuda.current_stream(device)
+            stream.wait_event(done)
+            for tensor in copied[:3]:
+                tensor.record_stream(stream)  # the side stream must not reuse it while this stream reads it
+            yield copied

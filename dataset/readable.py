@@ -1,12 +1,11 @@
 """From a split to tables of the videos that can be read. The rest is printed and listed in files."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from dataset.clips import VideoTable
 from dataset.index import VideoIndex
-from dataset.splits import Split, VideoRecord, cut_validation
+from dataset.splits import Split, cut_validation
 from utils.device import cpu_count
 from utils.errors import UserError
 
@@ -44,16 +43,10 @@ def readable_videos(
     if unreadable and strict:
         raise UserError(f"--strict: {len(unreadable)} videos cannot be read, the first: {unreadable[0]}")
 
-    def kept(records: list[VideoRecord]) -> list[VideoRecord]:
-        return [record for record in records if not infos[record.path].error]
-
-    readable = replace(split, train=kept(split.train), test=kept(split.test))
-    for part, before, now in (("train", split.train, readable.train), ("test", split.test, readable.test)):
+    train, test = ([video for video in part if not infos[video.path].error] for part in (split.train, split.test))
+    for part, before, now in (("train", split.train, train), ("test", split.test, test)):
         if not now and (before or part == "test"):
             first = f", the first: {unreadable[0]}" if unreadable else ""
             raise UserError(f"none of the {len(before)} videos to {part} on can be read{first}")
-    train, val = readable.train, []
-    if val_fraction > 0 and train:
-        train, val = cut_validation(train, val_fraction, seed)
-    train, val, test = (VideoTable(part, [infos[r.path] for r in part]) for part in (train, val, readable.test))
-    return train, val, test
+    train, val = cut_validation(train, val_fraction, seed) if train and val_fraction > 0 else (train, [])
+    return tuple(VideoTable(part, [infos[video.path] for video in part]) for part in (train, val, test))

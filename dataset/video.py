@@ -64,7 +64,7 @@ class VideoDataset(Dataset):
         self._transforms = transforms
         self._seed = seed
         self._strict = strict
-        self._latest: tuple[tuple[int, int], numpy.ndarray] | None = None
+        self._latest: tuple[tuple[int, list[int]], numpy.ndarray] | None = None
 
     def __len__(self) -> int:
         return len(self.clips)
@@ -76,11 +76,10 @@ class VideoDataset(Dataset):
             return FailedVideo(NO_VIDEO, "")
         generator = random.Random(f"{self._seed}/{epoch}/{index}")
         frames = int(self.videos.frames[video])
+        drawn = place == RANDOM_PLACE
+        indices = self._sampling.random(frames, generator) if drawn else self._sampling.at(frames, place)
         try:
-            if place == RANDOM_PLACE:
-                decoded = self._decode(video, self._sampling.random(frames, generator))
-            else:
-                decoded = self._decode_fixed(video, place, frames)
+            decoded = self._decode(video, indices)
         except VideoError as error:
             if self._strict:
                 raise
@@ -93,22 +92,19 @@ class VideoDataset(Dataset):
             clip = self._transforms[crop](clip)
         return clip, int(self.videos.labels[video]), video
 
-    def _decode_fixed(self, video: int, place: int, frames: int) -> numpy.ndarray:
-        # The crops of one view are neighbours: the view is decoded once for all of them.
-        if len(self._transforms) == 1:
-            return self._decode(video, self._sampling.at(frames, place))
-        if self._latest is None or self._latest[0] != (video, place):
-            self._latest = (video, place), self._decode(video, self._sampling.at(frames, place))
-        return self._latest[1]
-
     def _decode(self, video: int, indices: list[int]) -> numpy.ndarray:
         """uint8 [T, H, W, 3]"""
-        path, seek_points = self.videos.path(video), self.videos.seek_points(video)
+        if self._latest is not None and self._latest[0] == (video, indices):
+            return self._latest[1]
+        source = self.videos.path(video), indices, self.videos.seek_points(video)
         try:
-            return decode_frames(path, indices, seek_points)
+            decoded = decode_frames(*source)
         except VideoError:
             time.sleep(RETRY_SECONDS)
-            return decode_frames(path, indices, seek_points)
+            decoded = decode_frames(*source)
+        if len(self._transforms) > 1:  # the crops of one view are neighbours: the view is decoded once for all of them
+            self._latest = (video, indices), decoded
+        return decoded
 
 
 def collate(samples: list[tuple[Tensor, int, int] | FailedVideo]) -> VideoBatch:

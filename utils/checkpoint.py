@@ -40,8 +40,8 @@ def save_checkpoint(path: Path, state: dict, keep: int = 1) -> None:
     that last-2.pt, and so on. Whenever the process is killed, a whole checkpoint is there."""
     buffer = io.BytesIO()
     torch.save({"format": FORMAT, **state}, buffer)
+    rotate = (lambda: _make_room(path.parent, keep)) if path.name == LAST else (lambda: None)
     try:
-        rotate = (lambda: _make_room(path.parent, keep)) if path.name == LAST else (lambda: None)
         write_atomically(path, buffer.getbuffer(), before_renaming=rotate)
     except OSError as error:
         kept = "the earlier one is untouched" if path.exists() else "there was none before"
@@ -80,20 +80,20 @@ def load_newest(paths: Sequence[Path]) -> Checkpoint | None:
     A damaged checkpoint is reported and renamed to *.damaged, so that it does not take the place of a whole one.
     Raises UserError if all are damaged.
     """
-    damaged: list[tuple[Path, UserError]] = []
+    damaged: list[DamagedCheckpointError] = []
     for path in paths:
         try:
             state = load_checkpoint(path)
         except DamagedCheckpointError as error:
-            damaged.append((path, error))
+            damaged.append(error)
             continue
-        for broken, _ in damaged:
+        for broken in paths[: len(damaged)]:
             aside = broken.with_suffix(".damaged")
             os.replace(broken, aside)
             print(f"note: {broken} is damaged or was cut off, kept as {aside.name}; continuing from {path.name}")
         return Checkpoint(path, state)
     if damaged:
-        raise damaged[0][1]
+        raise damaged[0]
     return None
 
 
@@ -133,13 +133,11 @@ def kept_checkpoints(folder: Path) -> list[Path]:
 
 def _make_room(folder: Path, keep: int) -> None:
     last = folder / LAST
-    begun = _earlier(folder, 1).exists() and last.exists() and os.path.samefile(last, _earlier(folder, 1))
-    if last.exists() and not begun:  # begun: killed between here and the renaming of the new file
-        for number in range(keep - 1, 1, -1):
-            if _earlier(folder, number - 1).exists():
-                os.replace(_earlier(folder, number - 1), _earlier(folder, number))
-        if keep > 1:
-            _link(last, _earlier(folder, 1))
+    if last.exists():  # if not, the process was killed between here and the renaming of the new file
+        for number in range(keep - 1, 0, -1):
+            newer = _earlier(folder, number - 1) if number > 1 else last
+            if newer.exists():
+                os.replace(newer, _earlier(folder, number))
     for file in kept_checkpoints(folder):
         if file != last and int(file.stem[5:]) >= keep:
             file.unlink()
@@ -149,28 +147,9 @@ def _earlier(folder: Path, number: int) -> Path:
     return folder / f"last-{number}.pt"
 
 
-def _link(file: Path, name: Path) -> None:
-    temporary = name.with_name(f".{name.name}.tmp")
-    temporary.unlink(missing_ok=True)
-    try:
-        os.link(file, temporary)
-    except OSError:  # a file system without links: for a moment there is last-1.pt only
-        os.replace(file, name)
-    else:
-        os.replace(temporary, name)
-        temporary.unlink(missing_ok=True)  # if both were names of one file, nothing was renamed
-
-
 def check_settings(path: Path, found: dict, wanted: dict) -> None:
     """Raise UserError naming the first setting of a checkpoint's network that differs from this run's."""
     for name, value in wanted.items():
         if found.get(name) != value:
-            raise UserError(
-                f"{path}: checkpoint of another network: its {name} is {_short(found.get(name))}, "
-                f"this run's is {_short(value)}"
-            )
-
-
-def _short(value) -> str:
-    text = str(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+            its, ours = (text if len(text) <= 60 else f"{text[:57]}..." for text in (str(found.get(name)), str(value)))
+            raise UserError(f"{path}: checkpoint of another network: its {name} is {its}, this run's is {ours}")

@@ -73,5 +73,5 @@ def explain_loading(error: BaseException) -> UserError | None:
         return UserError(lines[-1].partition("Error: ")[2] or " ".join(lines)) if from_worker else error
     if isinstance(error, RuntimeError | OSError) and any(words in str(error) for words in _RESOURCE_ERRORS):
         reason = lines[-1] if from_worker else " ".join(lines)
-        return UserError(f"a data loading process died ({reason}); fewer -j, or more memory or /dev/shm")
+        return UserError(f"a data loading process died ({reason}); fewer workers (-j), or more memory or /dev/shm")
     return None

@@ -1,8 +1,20 @@
 """Writing files so that a reader, or the next start, never sees half of one."""
 
+import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+
+from utils.errors import UserError
+
+
+@contextlib.contextmanager
+def writing(path: Path | str, advice: str = "", about: str | None = None) -> Iterator[None]:
+    """An OSError inside becomes a UserError: `path` cannot be written, why, and `advice`."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}){advice}", about) from error
 
 
 def write_atomically(path: Path, content: bytes, before_renaming: Callable[[], None] = lambda: None) -> None:

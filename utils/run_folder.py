@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import fcntl
+import itertools
 import json
 import os
 import platform
@@ -20,7 +21,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from utils.checkpoint import LAST, kept_checkpoints
 from utils.errors import UserError
-from utils.files import write_atomically
+from utils.files import write_atomically, writing
 
 _SECONDS_FOR_ANOTHER_TO_LEAVE = 30
 _locked: dict[Path, IO] = {}  # folder -> its lock file, open
@@ -35,9 +36,8 @@ def continues_run(resume: str | None, run_dir: str, test_only: bool) -> bool:
 
 
 class RunFolder:
-    """What a run writes; only rank 0 uses it. Creates `path`. A folder that already holds a run is only opened to
-    continue this run, or with `overwrite`. The old run is then removed by `begin`, after data and network were set
-    up without an error."""
+    """What a run writes; only rank 0 uses it. Creates `path`. A folder that holds a run is opened only to continue it,
+    or with `overwrite`: `begin` then removes the old run, after data and network were set up without an error."""
 
     def __init__(self, path: Path, resuming: bool, overwrite: bool):
         self.path = path
@@ -45,15 +45,9 @@ class RunFolder:
         self.best = path / "best.pt"
         self._metrics = path / "metrics.jsonl"
         self._steps = path / "steps.jsonl"
-        try:
+        with writing(path, "; name a writable folder", about="run_dir"):
             path.mkdir(parents=True, exist_ok=True)
-            (path / ".write_test").write_bytes(b"")
-            (path / ".write_test").unlink()
             _lock(path)
-        except OSError as error:
-            raise UserError(
-                f"{path}: cannot be written ({error.strerror}); name a writable folder", about="run_dir"
-            ) from error
         for leftover in path.glob(".*.tmp"):  # of a run that was killed while it wrote
             leftover.unlink(missing_ok=True)
         earlier = [file for file in (*kept_checkpoints(path), self.best, self._metrics) if file.exists()]
@@ -78,11 +72,10 @@ class RunFolder:
         a resumed run is about to do again."""
         self._first = (epoch, clips)
         if self._replace:
-            old = [self.best, self._metrics, self._steps, self.path / "test.json", self.path / "broken.txt"]
-            old += [*self.path.glob("last*.damaged"), *self.path.glob("events.out.tfevents.*")]
-            old += self.path.glob("steps/events.out.tfevents.*")
-            for file in [*kept_checkpoints(self.path), *old]:
-                file.unlink(missing_ok=True)
+            names = ("best.pt", "metrics.jsonl", "steps.jsonl", "test.json", "broken.txt", "last*.damaged")
+            found = [self.path.glob(name) for name in (*names, "events.out.tfevents.*", "steps/events.out.tfevents.*")]
+            for file in itertools.chain(kept_checkpoints(self.path), *found):
+                file.unlink()
             return
         for file, start in ((self._metrics, (epoch, 0)), (self._steps, (epoch, clips + 1))):
             if file.exists():
@@ -99,13 +92,13 @@ class RunFolder:
             "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
             "flags": flags,
             **more,
-            "versions": {"python": platform.python_version(), **_versions()},
+            "versions": {"python": platform.python_version(), **{package: _version(package) for package in _PACKAGES}},
             "git_commit": _git_commit(),
         }
         self._write("config.json", json.dumps(config, indent=2, default=str) + "\n")
 
     def write_list(self, name: str, lines: Sequence[str]) -> Path:
-        """A text file of one item a line, such as the videos left out; no file where there are none."""
+        """A text file of one item a line, such as the videos left out; no file if there are none."""
         if lines:
             self._write(name, "".join(f"{line}\n" for line in lines))
         else:
@@ -114,11 +107,11 @@ class RunFolder:
 
     def add_to_list(self, name: str, lines: Sequence[str]) -> None:
         """More lines at the end of a list of an earlier start or step."""
+        if not lines:
+            return
         file = self.path / name
         earlier = file.read_text(errors="surrogateescape").splitlines() if file.exists() else []
-        new = [line for line in lines if line not in earlier]
-        if new:
-            self.write_list(name, [*earlier, *new])
+        self.write_list(name, list(dict.fromkeys([*earlier, *lines])))
 
     def write_result(self, result: dict) -> None:
         """test.json: the test set's score of the selected epoch."""
@@ -126,10 +119,8 @@ class RunFolder:
 
     def add_picture(self, name: str, picture: Tensor) -> None:
         """picture [3, H, W] in [0, 1], to TensorBoard."""
-        try:
+        with writing(self.path):
             self._writer(self.path, self._first[0]).add_image(name, picture)
-        except OSError as error:
-            raise UserError(f"{self.path}: cannot be written ({error.strerror})") from error
 
     def add_metrics(self, metrics: dict) -> None:
         """A line of metrics.jsonl, and the same numbers to TensorBoard at step `metrics["epoch"]`."""
@@ -144,7 +135,7 @@ class RunFolder:
         self._add_line(self._steps, values, writer, epoch * clips_per_epoch + values["clips"])
 
     def _add_line(self, file: Path, values: dict, writer: SummaryWriter, at: int) -> None:
-        try:
+        with writing(file):
             with open(file, "a") as opened:
                 opened.write(json.dumps(values, default=float) + "\n")  # a tensor of one number is its number
                 opened.flush()
@@ -155,17 +146,13 @@ class RunFolder:
                     if isinstance(number, int | float | Tensor) and name not in ("epoch", "clips"):
                         writer.add_scalar(f"{name}/{tag}" if tag else name, number, at)
             writer.flush()
-        except OSError as error:
-            raise UserError(f"{file}: cannot be written ({error.strerror})") from error
 
     def _writer(self, folder: Path, first: int) -> SummaryWriter:
         """Of TensorBoard events from step `first` on."""
         if folder not in self._writers:
             threading.excepthook = _leave_disk_errors_to_the_main_thread
-            try:
+            with writing(folder):
                 self._writers[folder] = SummaryWriter(str(folder), purge_step=first)
-            except OSError as error:
-                raise UserError(f"{folder}: cannot be written ({error.strerror})") from error
         return self._writers[folder]
 
     def close(self) -> None:
@@ -174,10 +161,8 @@ class RunFolder:
                 writer.close()
 
     def _write(self, name: str, text: str) -> None:
-        try:
+        with writing(self.path / name):
             write_atomically(self.path / name, text.encode(errors="surrogateescape"))
-        except OSError as error:
-            raise UserError(f"{self.path / name}: cannot be written ({error.strerror})") from error
 
 
 def _leave_disk_errors_to_the_main_thread(details: threading.ExceptHookArgs) -> None:
@@ -223,14 +208,9 @@ def _position_of(line: str) -> tuple[float, float]:
         return float("inf"), 0
 
 
-def _versions() -> dict[str, str | None]:
-    found = {}
-    for package in _PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = None
-    return found
+def _version(package: str) -> str | None:
+    with contextlib.suppress(PackageNotFoundError):
+        return version(package)
 
 
 def _git_commit() -> str | None:

@@ -51,14 +51,10 @@ class Runtime:
 
     def add(self, *counts: int) -> list[int]:
         """Each of `counts` summed over all ranks."""
-        if self.count == 1:
-            return [int(count) for count in counts]
-        sums = torch.tensor(counts, dtype=torch.int64)
-        dist.all_reduce(sums, group=self.control)
-        return sums.tolist()
+        return self.sum(torch.tensor(counts, dtype=torch.int64)).tolist()
 
     def sum(self, values: Tensor) -> Tensor:
-        """The float64 `values` summed over all ranks, on the device of `values`."""
+        """The `values` summed over all ranks, on the device of `values`."""
         if self.count == 1:
             return values
         total = values.detach().to("cpu", copy=True)
@@ -78,32 +74,20 @@ class Runtime:
         once."""
         if self.count == 1:
             return function(*arguments, **more)
-        outcome, error = [None, False], None
-        if self.is_main:
-            try:
-                outcome[0] = function(*arguments, **more)
-            except UserError as raised:
-                outcome[1], error = True, raised
+        outcome = [self.in_all(function, *arguments, **more) if self.is_main else self.in_all(lambda: None)]
         dist.broadcast_object_list(outcome, src=0, group=self.control)
-        if error is not None:
-            raise error
-        if outcome[1]:
-            raise OtherProcessError
         return outcome[0]
 
     def in_all(self, function: Callable[..., Result], *arguments, **more) -> Result:
         """Run `function` in every rank. A UserError in any rank ends all; the lowest such rank prints it."""
+        if self.count == 1:
+            return function(*arguments, **more)
         result = error = None
         try:
             result = function(*arguments, **more)
         except UserError as raised:
             error = raised
-        if self.count == 1:
-            if error is not None:
-                raise error
-            return result
-        failed = [False] * self.count
-        dist.all_gather_object(failed, error is not None, group=self.control)
+        failed = self.gather([error is not None])
         if any(failed):
             raise error if error is not None and failed.index(True) == self.rank else OtherProcessError
         return result
@@ -113,14 +97,12 @@ class Runtime:
         as those of rank 0. accumulates: some backward passes will be under `no_backward_sync`."""
         if self.count == 1:
             return model
-        # Buffers are the running statistics of batch norm. Training does not read them, so they are not sent
-        # around at every step; `share_buffers` does so before they are used.
-        # (Newer versions of PyTorch rename the option and warn of the old name.)
+        # Buffers are the running statistics of batch norm. Training does not read them, so they are not sent around
+        # at every step, but by `share_buffers`. (Newer versions of PyTorch rename the option and warn of the old name.)
         options = inspect.signature(DistributedDataParallel).parameters
         sync_buffers = "forward_sync_buffers" if "forward_sync_buffers" in options else "broadcast_buffers"
         self.share_buffers(model)
-        # DDP's static graph needs a synchronised first backward pass; with gradient accumulation the first one
-        # is not.
+        # DDP's static graph needs a synchronised first backward pass; with gradient accumulation the first is not.
         return DistributedDataParallel(
             model, device_ids=[self.device.index] if self.device.type == "cuda" else None, **{sync_buffers: False},
             gradient_as_bucket_view=True, static_graph=not accumulates,
@@ -186,9 +168,8 @@ def join_run(device: str, amp: bool) -> Runtime:
 
 def _check_devices(runtime: Runtime, error: UserError | None) -> None:
     """Raise this rank's `error`, or a UserError if its device is of another type than that of rank 0."""
-    types = [None] * runtime.count
     own = None if runtime.device is None else runtime.device.type
-    dist.all_gather_object(types, own, group=runtime.control)
+    types = runtime.gather([own])
     if error is not None:
         raise error
     if own != types[0]:

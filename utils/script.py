@@ -58,18 +58,18 @@ def run_script(main: Callable[[], int | None]) -> NoReturn:
         _print_error(f"{flag}{error}")
         status = 2
     except Exception as error:
-        line = explain(error)
+        line, status = explain(error), 2
         if line is not None:
             _print_error(line)
         else:  # a fault of this code, not of its user: the traceback shows it
             traceback.print_exc()
-        status = 1 if line is None else 2
+            status = 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         status = 130
     _end_workers()
     leave_run_folders()
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    if torch.distributed.is_initialized():
         if status:  # others may wait for this process: leaving in order would wait for them
             for stream in (sys.stdout, sys.stderr):
                 with contextlib.suppress(OSError):

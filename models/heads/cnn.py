@@ -32,7 +32,8 @@ class FrameCNN(nn.Module):
         if backbone not in BACKBONES:
             raise UserError(f"backbone must be one of {', '.join(BACKBONES)}, got {backbone!r}")
         resnet = torchvision.models.get_model(backbone, weights=None)
-        own_file = projection and not _names_resnet_weights(weights, backbone)
+        named = (None, "none", "default", *torchvision.models.get_model_weights(backbone).__members__)
+        own_file = projection and weights not in named
         if not own_file:
             load_weights(resnet, backbone, weights)
         self.projection = projection
@@ -57,24 +58,17 @@ class FrameCNN(nn.Module):
         return self.fc3(features)
 
 
-def _names_resnet_weights(weights: str | None, backbone: str) -> bool:
-    names = torchvision.models.get_model_weights(backbone).__members__
-    return weights is None or weights in ("none", "default") or weights in names
-
-
 def _load_state_dict(network: nn.Module, file: str, what: str) -> None:
     """Raises UserError with the first key that is unknown, missing or of another shape."""
     # DataParallel puts "module." before each name.
     found = {name.removeprefix("module."): value for name, value in read_state_dict(Path(file)).items()}
     own = network.state_dict()
     problems = [f"{name} does not belong to it" for name in found if name not in own]
-    # Files older than PyTorch 0.4.1 have no num_batches_tracked.
-    problems += [f"{name} is missing" for name in own if name not in found and not name.endswith("num_batches_tracked")]
-    problems += [
-        f"{name} is {list(found[name].shape)}, expected {list(value.shape)}"
-        for name, value in own.items()
-        if name in found and found[name].shape != value.shape
-    ]
+    for name, value in own.items():
+        if name not in found:  # files older than PyTorch 0.4.1 have no num_batches_tracked
+            problems += [] if name.endswith("num_batches_tracked") else [f"{name} is missing"]
+        elif found[name].shape != value.shape:
+            problems.append(f"{name} is {list(found[name].shape)}, expected {list(value.shape)}")
     if problems:
         raise UserError(f"{file}: not the weights of {what}: {problems[0]}", about="weights")
     network.load_state_dict(found, strict=False)

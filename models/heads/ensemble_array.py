@@ -1,6 +1,7 @@
 """EnsembleArray: many one-dimensional ensembles of neurons side by side, as nengo's (Eliasmith & Anderson 2003)."""
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -105,9 +106,8 @@ class _Ensembles(torch.autograd.Function):
         ctx.save_for_backward(represented, encoders, bias, decoders, voltage)
         ctx.neuron = neuron
         decoded = torch.empty_like(represented)
-        for part in _pieces(represented, encoders):
-            for step, _, output in _simulate(represented[..., part], encoders[part], bias[part], voltage[part], neuron):
-                decoded[step][:, part] = torch.einsum("ben,en->be", output, decoders[part])
+        for part, step, _, output in _simulate(represented, encoders, bias, voltage, neuron):
+            decoded[step][:, part] = torch.einsum("ben,en->be", output, decoders[part])
         return decoded
 
     @staticmethod
@@ -116,32 +116,28 @@ class _Ensembles(torch.autograd.Function):
         represented, encoders, bias, decoders, voltage = ctx.saved_tensors
         grad_represented = torch.empty_like(represented)
         grad_encoders, grad_bias, grad_decoders = (torch.zeros_like(value) for value in (encoders, bias, decoders))
-        for part in _pieces(represented, encoders):
-            x = represented[..., part]
-            layer = (encoders[part], bias[part], voltage[part], ctx.neuron)
-            for step, gradient, output in _simulate(x, *layer, gradients=True):
-                grad = grad_decoded[step][:, part]  # [B, e]
-                grad_decoders[part] += torch.einsum("be,ben->en", grad, output)
-                grad_current = gradient.mul_(decoders[part]).mul_(grad[..., None])  # [B, e, n]
-                grad_bias[part] += grad_current.sum(0)
-                grad_encoders[part] += torch.einsum("ben,be->en", grad_current, x[step])
-                grad_represented[step][:, part] = torch.einsum("ben,en->be", grad_current, encoders[part])
+        for part, step, gradient, output in _simulate(represented, encoders, bias, voltage, ctx.neuron, gradients=True):
+            grad = grad_decoded[step][:, part]  # [B, e]
+            grad_decoders[part] += torch.einsum("be,ben->en", grad, output)
+            grad_current = gradient.mul_(decoders[part]).mul_(grad[..., None])  # [B, e, n]
+            grad_bias[part] += grad_current.sum(0)
+            grad_encoders[part] += torch.einsum("ben,be->en", grad_current, represented[step][:, part])
+            grad_represented[step][:, part] = torch.einsum("ben,en->be", grad_current, encoders[part])
         return grad_represented, grad_encoders, grad_bias, grad_decoders, None, None
 
 
-def _pieces(represented: Tensor, encoders: Tensor) -> list[slice]:
-    ensembles = max(1, _CHUNK_VALUES // (represented.shape[1] * encoders.shape[1]))
-    return [slice(start, start + ensembles) for start in range(0, len(encoders), ensembles)]
-
-
-def _simulate(x: Tensor, encoders: Tensor, bias: Tensor, voltage: Tensor, neuron: Neuron, gradients: bool = False):
-    """Simulate the neurons for x [T, B, e]. Yields (step, d rate / d current, output) for each step, the last two
-    [B, e, n]; the gradient is None unless `gradients`."""
-    state = None
-    for step in range(len(x)):
-        current = torch.addcmul(bias, x[step][..., None], encoders)  # [B, e, n]
-        if state is None:
-            state = neuron.initial_state(current, voltage)
-        gradient = neuron.rate_gradient(current, state) if gradients else None
-        output, state = neuron.step(current, state, DT)
-        yield step, gradient, output
+def _simulate(
+    represented: Tensor, encoders: Tensor, bias: Tensor, voltage: Tensor, neuron: Neuron, gradients: bool = False
+) -> Iterator[tuple[slice, int, Tensor | None, Tensor]]:
+    """All steps of one piece of the ensembles after another. Yields (slice of the ensembles, step, d rate / d current,
+    output) for each step, the last two [B, e, n]; the gradient is None unless `gradients`."""
+    size = max(1, _CHUNK_VALUES // (represented.shape[1] * encoders.shape[1]))
+    for start in range(0, len(encoders), size):
+        part, state = slice(start, start + size), None
+        for step, x in enumerate(represented[..., part]):
+            current = torch.addcmul(bias[part], x[..., None], encoders[part])  # [B, e, n]
+            if state is None:
+                state = neuron.initial_state(current, voltage[part])
+            gradient = neuron.rate_gradient(current, state) if gradients else None
+            output, state = neuron.step(current, state, DT)
+            yield part, step, gradient, output

@@ -74,21 +74,20 @@ class LMU(nn.Module):
         self.hidden_recurrent = nn.Parameter(torch.linalg.qr(torch.randn(units, units))[0]) if recurrent else None
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.memory_recurrent is None and self.parallel:
+        parallel = self.memory_recurrent is None and self.parallel
+        if parallel:
             memories = self._convolved(x @ self.memory_encoders)  # [T, B, memory * order]
             driven = torch.cat([memories, x], dim=-1) @ self.hidden_kernel  # [T, B, units]
             if self.hidden_recurrent is None and self.neuron is None:
                 return torch.tanh(driven)
-        else:
-            driven = None
         m, h, state = x.new_zeros(x.shape[1], self.memory * self.order), x.new_zeros(x.shape[1], self.units), None
         hidden = []
         for step in range(len(x)):
-            if driven is None:
+            if parallel:
+                argument = driven[step]
+            else:
                 m = self._remember(x[step], m, h)
                 argument = torch.cat([m, x[step]], dim=-1) @ self.hidden_kernel
-            else:
-                argument = driven[step]
             if self.hidden_recurrent is not None:
                 argument = argument + h @ self.hidden_recurrent
             h, state = self._fire(argument, state)

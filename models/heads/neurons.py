@@ -20,17 +20,14 @@ DT = 0.001  # seconds a time step
 State = tuple[Tensor, ...]
 
 
-@dataclass(frozen=True)
-class RectifiedLinear:
-    """rate = max(J, 0)."""
+class Neuron:
+    """What all neurons have. A rate-based one has no state."""
 
     spiking = False
 
     def gain_bias(self, max_rates: Tensor, intercepts: Tensor) -> tuple[Tensor, Tensor]:
         """(gain, bias) of neurons that start to fire at the represented value `intercepts` (below 1) and fire at
         `max_rates` Hz at the value 1."""
-        gain = max_rates / (1.0 - intercepts)
-        return gain, -intercepts * gain
 
     def initial_state(self, current: Tensor, voltage: Tensor | None = None) -> State:
         """The state of neurons at rest; `current` gives shape, type and device. voltage: of spiking neurons at the
@@ -39,10 +36,23 @@ class RectifiedLinear:
 
     def step(self, current: Tensor, state: State, dt: float) -> tuple[Tensor, State]:
         """(output in Hz, next state). dt: seconds."""
-        return current.clamp(min=0.0), state
 
     def rate_gradient(self, current: Tensor, state: State) -> Tensor:
         """d rate / dJ of a step; `state` is the state before the step."""
+
+
+@dataclass(frozen=True)
+class RectifiedLinear(Neuron):
+    """rate = max(J, 0)."""
+
+    def gain_bias(self, max_rates: Tensor, intercepts: Tensor) -> tuple[Tensor, Tensor]:
+        gain = max_rates / (1.0 - intercepts)
+        return gain, -intercepts * gain
+
+    def step(self, current: Tensor, state: State, dt: float) -> tuple[Tensor, State]:
+        return current.clamp(min=0.0), state
+
+    def rate_gradient(self, current: Tensor, state: State) -> Tensor:
         return (current > 0).to(current.dtype)
 
 
@@ -63,14 +73,12 @@ class SpikingRectifiedLinear(RectifiedLinear):
 
 
 @dataclass(frozen=True)
-class LIFRate:
+class LIFRate(Neuron):
     """The firing rate of a leaky integrate-and-fire neuron: 1 / (tau_ref + tau_rc log(1 + 1 / (J - 1)))."""
 
     tau_rc: float = 0.02  # seconds
     tau_ref: float = 0.002  # seconds
     softness: float = 0.02  # smooths J - 1 in the gradient: at the threshold the rate's derivative is infinite
-
-    spiking = False
 
     def gain_bias(self, max_rates: Tensor, intercepts: Tensor) -> tuple[Tensor, Tensor]:
         if (max_rates >= 1.0 / self.tau_ref).any():
@@ -79,22 +87,13 @@ class LIFRate:
         gain = (1.0 - x) / (intercepts - 1.0)
         return gain, 1.0 - gain * intercepts
 
-    def initial_state(self, current: Tensor, voltage: Tensor | None = None) -> State:
-        return ()
-
     def step(self, current: Tensor, state: State, dt: float) -> tuple[Tensor, State]:
-        return self._rate(current), state
-
-    def rate_gradient(self, current: Tensor, state: State) -> Tensor:
-        return self._rate_gradient(current)
-
-    def _rate(self, current: Tensor) -> Tensor:
         above = current - 1.0
         fires = above > 0
         rate = 1.0 / (self.tau_ref + self.tau_rc * torch.log1p(1.0 / torch.where(fires, above, 1.0)))
-        return torch.where(fires, rate, 0.0)
+        return torch.where(fires, rate, 0.0), state
 
-    def _rate_gradient(self, current: Tensor) -> Tensor:
+    def rate_gradient(self, current: Tensor, state: State) -> Tensor:
         above = (current - 1.0) / self.softness
         soft = F.softplus(above).mul(self.softness).clamp(min=1e-9)
         rate = 1.0 / (self.tau_ref + self.tau_rc * torch.log1p(1.0 / soft))
@@ -125,27 +124,8 @@ class LIF(LIFRate):
 
 
 @dataclass(frozen=True)
-class AdaptiveLIFRate(LIFRate):
-    """LIFRate whose recent output lowers its current. State: (adaptation)."""
-
-    tau_n: float = 1.0  # seconds
-    inc_n: float = 0.01  # adaptation added by a spike
-
-    def initial_state(self, current: Tensor, voltage: Tensor | None = None) -> State:
-        return (torch.zeros_like(current),)
-
-    def step(self, current: Tensor, state: State, dt: float) -> tuple[Tensor, State]:
-        (adaptation,) = state
-        rate = self._rate(current - adaptation)
-        return rate, (adaptation + (dt / self.tau_n) * (self.inc_n * rate - adaptation),)
-
-    def rate_gradient(self, current: Tensor, state: State) -> Tensor:
-        return self._rate_gradient(current - state[-1])
-
-
-@dataclass(frozen=True)
-class AdaptiveLIF(LIF):
-    """LIF whose recent spikes lower its current. State: (voltage, refractory time, adaptation)."""
+class _Adaptive:
+    """Recent output lowers the current of the neuron that this is mixed into. State: (*that neuron's, adaptation)."""
 
     tau_n: float = 1.0  # seconds
     inc_n: float = 0.01  # adaptation added by a spike
@@ -154,16 +134,26 @@ class AdaptiveLIF(LIF):
         return *super().initial_state(current, voltage), torch.zeros_like(current)
 
     def step(self, current: Tensor, state: State, dt: float) -> tuple[Tensor, State]:
-        *membrane, adaptation = state
-        spikes, membrane = super().step(current - adaptation, tuple(membrane), dt)
-        return spikes, (*membrane, adaptation + (dt / self.tau_n) * (self.inc_n * spikes - adaptation))
+        *own, adaptation = state
+        output, own = super().step(current - adaptation, tuple(own), dt)
+        return output, (*own, adaptation + (dt / self.tau_n) * (self.inc_n * output - adaptation))
 
     def rate_gradient(self, current: Tensor, state: State) -> Tensor:
-        return self._rate_gradient(current - state[-1])
+        return super().rate_gradient(current - state[-1], state[:-1])
 
 
 @dataclass(frozen=True)
-class Izhikevich:
+class AdaptiveLIFRate(_Adaptive, LIFRate):
+    """LIFRate whose recent output lowers its current."""
+
+
+@dataclass(frozen=True)
+class AdaptiveLIF(_Adaptive, LIF):
+    """LIF whose recent spikes lower its current."""
+
+
+@dataclass(frozen=True)
+class Izhikevich(Neuron):
     """Izhikevich's neuron (IEEE Transactions on Neural Networks 14, 2003). State: (voltage, recovery).
 
     There is no formula for its rate. It starts to fire at J = 3.8, at about 2 J Hz (13 Hz at 6, 42 at 20, 100 at
@@ -205,7 +195,6 @@ def _at(current: Tensor, voltage: Tensor | None) -> Tensor:
     return torch.zeros_like(current) if voltage is None else voltage.to(current).expand_as(current)
 
 
-Neuron = RectifiedLinear | LIFRate | Izhikevich
 NEURONS = {
     kind.__name__: kind
     for kind in (RectifiedLinear, SpikingRectifiedLinear, LIFRate, LIF, AdaptiveLIFRate, AdaptiveLIF, Izhikevich)
@@ -214,8 +203,7 @@ _RATES = {"SpikingRectifiedLinear": "RectifiedLinear", "LIF": "LIFRate", "Adapti
 
 
 def rate_counterpart(neuron: Neuron) -> Neuron:
-    """The rate-based neuron with the same constants; a rate-based `neuron` itself. Raises UserError if there is
-    none."""
+    """The rate-based neuron with the same constants, or UserError if there is none. Of a rate-based one: itself."""
     name = type(neuron).__name__
     if not neuron.spiking:
         return neuron

@@ -108,10 +108,7 @@ def value_of(path) -> float:
 
 
 @pytest.mark.parametrize("keep", [1, 2, 4])
-@pytest.mark.parametrize("links", [True, False])
-def test_the_newest_are_kept(tmp_path, monkeypatch, keep, links):
-    if not links:
-        monkeypatch.setattr(os, "link", lambda *args: (_ for _ in ()).throw(OSError(errno.EPERM, "no links here")))
+def test_the_newest_are_kept(tmp_path, monkeypatch, keep):
     replace = os.replace
 
     def watched(source, target):
@@ -172,7 +169,8 @@ def test_a_save_killed_after_rotating_costs_no_earlier_one(tmp_path, monkeypatch
             patch.setattr(os, "replace", killed_at_the_end)
             with pytest.raises(KeyboardInterrupt):
                 save(tmp_path / "last.pt", 8.0, keep=3)
-    assert [value_of(path) for path in kept_checkpoints(tmp_path)] == [2.0, 2.0, 1.0]
+    assert [path.name for path in kept_checkpoints(tmp_path)] == ["last-1.pt", "last-2.pt"]
+    assert find_checkpoint("auto", tmp_path).state["model"]["w"][0] == 2.0
     save(tmp_path / "last.pt", 9.0, keep=3)
     assert [value_of(path) for path in kept_checkpoints(tmp_path)] == [9.0, 2.0, 1.0]
     assert len(list(tmp_path.iterdir())) == 3

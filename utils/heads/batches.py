@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from dataset.clips import VideoTable, eval_clips
+from dataset.frame_sampling import FrameSampling
 from dataset.residual import normalised
-from dataset.transforms import eval_transforms
-from dataset.video import VideoDataset, loaded, make_loader
-from utils.heads.features import Features
+from dataset.video import loaded
+from utils.heads.config import DataloaderConfig
+from utils.heads.features import Features, eval_loader
 
 
 def minibatches(count: int, size: int, seed: int, epoch: int | None) -> list[list[int]]:
@@ -24,7 +25,7 @@ def minibatches(count: int, size: int, seed: int, epoch: int | None) -> list[lis
 
 class _Batches:
     """Iterating gives all clips in order, `shuffled(epoch)` gives them in the order of that epoch: (inputs, labels
-    int64 [B]) on `device`. A subclass has `_load(batches, epoch)`, which loads the minibatches of these indices.
+    int64 [B]) on `device`. A subclass has `_load(batches)`, which loads the minibatches of these indices.
 
     videos: int64 [clips], the video of each clip.
     size: clips in a minibatch.
@@ -39,10 +40,10 @@ class _Batches:
         return -(-len(self.videos) // self._size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return self._load(minibatches(len(self.videos), self._size, self._seed, None), epoch=0)
+        return self.shuffled(None)
 
-    def shuffled(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        return self._load(minibatches(len(self.videos), self._size, self._seed, epoch), epoch)
+    def shuffled(self, epoch: int | None) -> Iterator[tuple[Tensor, Tensor]]:
+        return self._load(minibatches(len(self.videos), self._size, self._seed, epoch))
 
 
 class FeatureBatches(_Batches):
@@ -52,7 +53,7 @@ class FeatureBatches(_Batches):
         super().__init__(features.videos, size, seed, device)
         self._features = features
 
-    def _load(self, batches: list[list[int]], epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def _load(self, batches: list[list[int]]) -> Iterator[tuple[Tensor, Tensor]]:
         for batch in batches:
             clips = torch.from_numpy(self._features.data[batch]).transpose(0, 1)  # [T, B, width], a copy
             labels = torch.from_numpy(self._features.labels[batch])
@@ -60,29 +61,26 @@ class FeatureBatches(_Batches):
 
 
 class ClipBatches(_Batches):
-    """inputs: normalised clips float32 [B, T, 3, frame_size, frame_size], the evaluation clips of the videos.
+    """inputs: normalised clips float32 [B, T, 3, size, size], the evaluation clips of the videos.
 
-    sampling: gives the frames of each clip (`dataset.frame_sampling`).
-    frame_size: pixels.
-    workers: processes that decode videos.
-    pin: for copies to a GPU beside computation.
+    sampling: which frames make a clip.
+    loading: frame size and workers.
 
     Iterating raises UserError if a video cannot be decoded.
     """
 
     def __init__(
-        self, videos: VideoTable, sampling, frame_size: int, size: int, seed: int, device: torch.device, *,
-        workers: int, pin: bool,
+        self, videos: VideoTable, sampling: FrameSampling, loading: DataloaderConfig, size: int, seed: int,
+        device: torch.device,
     ):  # fmt: skip
-        clips = eval_clips(videos, sampling)
-        super().__init__(clips["video"], size, seed, device)
-        transforms = eval_transforms(frame_size, round(frame_size * 256 / 224))
-        self._clips = VideoDataset(videos, clips, sampling, transforms, seed, strict=True)
-        self._workers, self._pin = workers, pin
+        self._clips = eval_clips(videos, sampling)
+        super().__init__(self._clips["video"], size, seed, device)
+        self._table, self._sampling, self._loading = videos, sampling, loading
 
-    def _load(self, batches: list[list[int]], epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        keys = [[(epoch, clip) for clip in batch] for batch in batches]
-        for batch in loaded(make_loader(self._clips, keys, self._workers, self._pin)):
+    def _load(self, batches: list[list[int]]) -> Iterator[tuple[Tensor, Tensor]]:
+        keys = [[(0, clip) for clip in batch] for batch in batches]
+        source = (self._table, self._clips, self._sampling, self._loading)
+        for batch in loaded(eval_loader(*source, keys, self._device, strict=True)):
             clips = batch.clips.to(self._device, non_blocking=True)  # uint8: a quarter of the bytes
             frames = normalised(clips.flatten(0, 1))
             yield frames.unflatten(0, clips.shape[:2]), batch.labels.to(self._device, non_blocking=True)

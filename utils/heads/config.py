@@ -1,12 +1,14 @@
 """The config file of main.py: JSON, checked before anything else is read or written."""
 
+import contextlib
 import dataclasses
 import difflib
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Literal, Union, get_args, get_origin, get_type_hints
+from types import NoneType
+from typing import Literal, get_args, get_origin, get_type_hints
 
 from dataset.splits import read_hmdb51, read_ucf101
 from models.heads.neurons import NEURONS
@@ -115,6 +117,15 @@ _LEAST = {
 }  # fmt: skip
 
 
+@contextlib.contextmanager
+def naming(what: str) -> Iterator[None]:
+    """Put the file or the config's key before the message of a UserError: what is called inside does not know it."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{what}: {error}") from error
+
+
 def read_config(path: Path) -> Config:
     """Read and check a config file. Keys that start with "_" are comments.
 
@@ -126,11 +137,9 @@ def read_config(path: Path) -> Config:
         raise UserError(f"{path}: cannot be read ({error.strerror}); configs/ holds config files") from error
     except ValueError as error:
         raise UserError(f"{path}: not JSON: {error}") from error
-    try:
+    with naming(str(path)):
         config = _read_section(Config, content, "")
         _check(config)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from error
     return config
 
 
@@ -160,12 +169,10 @@ def _read_section(kind: type, content: object, prefix: str):
     if type(content) is not dict:
         raise UserError(f"{prefix.removesuffix('.') or 'the file'}: must be {_expected(kind)}, got {_shown(content)}")
     hints = get_type_hints(kind)
-    names = {name.lower(): name for name in hints}
-    values = {}
-    for key, value in content.items():
-        if key.startswith("_"):
-            continue
+    values = {key: value for key, value in content.items() if not key.startswith("_")}
+    for key, value in values.items():
         if key not in hints:
+            names = {name.lower(): name for name in hints}
             near = difflib.get_close_matches(key.lower(), names, n=1)
             advice = f"did you mean {prefix}{names[near[0]]}?" if near else f"the keys are {', '.join(hints)}"
             raise UserError(f"{prefix}{key}: unknown key; {advice}")
@@ -179,37 +186,33 @@ def _read_section(kind: type, content: object, prefix: str):
 def _read_value(hint, value: object, key: str):
     if dataclasses.is_dataclass(hint):
         return _read_section(hint, value, f"{key}.")
-    if not any(_is_a(kind, value) for kind in _kinds(hint)):
+    if not _fits(hint, value):
         raise UserError(f"{key}: must be {_expected(hint)}, got {_shown(value)}")
     if type(value) in (int, float):
         least, most = _LEAST.get(key, _SMALLEST), 2**63 - 1 if key == "seed" else _LARGEST
         if not least <= value <= most:  # NaN is refused here too
             raise UserError(f"{key}: must be from {least} to {most}, got {_shown(value)}")
-    return float(value) if type(value) is int and float in _kinds(hint) else value
+    return float(value) if type(value) is int and _fits(hint, 0.0) else value
 
 
-def _kinds(hint) -> tuple:
-    return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-
-
-def _is_a(kind, value: object) -> bool:
+def _fits(hint, value: object) -> bool:
     # By exact type: Python takes True for the number 1.
-    if get_origin(kind) is Literal:
-        return any(type(value) is type(choice) and value == choice for choice in get_args(kind))
-    return type(value) is kind or (kind is float and type(value) is int)
+    if get_origin(hint) is Literal:
+        return any(type(value) is type(choice) and value == choice for choice in get_args(hint))
+    if get_args(hint):
+        return any(_fits(part, value) for part in get_args(hint))
+    return type(value) is hint or (hint is float and type(value) is int)
 
 
 def _expected(hint) -> str:
+    if get_origin(hint) is Literal:
+        return f"one of {', '.join(map(str, get_args(hint)))}"
+    if get_args(hint):
+        return " or ".join(map(_expected, get_args(hint)))
+    if dataclasses.is_dataclass(hint):
+        return f"an object {{...}} with the keys {', '.join(get_type_hints(hint))}"
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "text in quotes", NoneType: "null"}
-    parts = []
-    for kind in _kinds(hint):
-        if get_origin(kind) is Literal:
-            parts.append(f"one of {', '.join(map(str, get_args(kind)))}")
-        elif dataclasses.is_dataclass(kind):
-            parts.append(f"an object {{...}} with the keys {', '.join(get_type_hints(kind))}")
-        else:
-            parts.append(words[kind])
-    return " or ".join(parts)
+    return words[hint]
 
 
 def _shown(value: object) -> str:

@@ -36,39 +36,33 @@ def sequence_loss(logits: Tensor, labels: Tensor, loss: str) -> Tensor:
 
 
 def train_epoch(
-    network: Callable[[Tensor], Tensor],
-    head: nn.Module,
+    network: nn.Module,
     batches: Iterable[tuple[Tensor, Tensor]],
     optimizer: torch.optim.Optimizer,
     *,
     task: str,
     steps: int,
     loss: str,
-    train_mode: str,
     should_stop: Callable[[], bool] = lambda: False,
-    shown: bool = True,
 ) -> dict[str, float] | None:
     """Train for one epoch.
 
     network: inputs -> logits [T, B, classes].
-    head: the part of `network` whose neurons `train_mode` chooses.
     batches: minibatches (inputs, labels int64 [B]) on the network's device.
     task: name of the epoch, for messages.
     steps: number of minibatches, for the progress bar.
-    loss, train_mode: as for `sequence_loss` and `neurons_of`.
+    loss: as for `sequence_loss`.
     should_stop: called before each step; the epoch is left unfinished if it returns True.
-    shown: whether progress is printed.
 
     Returns {"train_loss", "train_last_step"}, the latter an accuracy in percent; None if the epoch was stopped.
     Raises UserError if the loss is not finite.
     """
-    sums = None  # of loss, correct, clips
-    with neurons_of(head, train_mode), Progress(steps, task, "minibatch", shown=shown) as progress:
-        for done, (inputs, labels) in enumerate(batches):
+    network.train()
+    sums = 0  # of loss, correct, clips
+    with Progress(steps, task, "minibatch") as progress:
+        for done, (inputs, labels) in enumerate(batches, start=1):
             if should_stop():
                 return None
-            if sums is not None and done % _STEPS_BETWEEN_CHECKS == 0 and not math.isfinite(sums[0].item()):
-                break
             logits = network(inputs)
             value = sequence_loss(logits, labels, loss)
             optimizer.zero_grad(set_to_none=True)
@@ -76,9 +70,10 @@ def train_epoch(
             optimizer.step()
             correct = (logits[-1].argmax(-1) == labels).sum().double()
             count = torch.full_like(correct, len(labels))
-            sum_now = torch.stack([value.detach().double() * count, correct, count])
-            sums = sum_now if sums is None else sums + sum_now
+            sums = sums + torch.stack([value.detach().double() * count, correct, count])
             progress.advance()
+            if done % _STEPS_BETWEEN_CHECKS == 0 and not sums[0].isfinite():
+                break
     total, correct, clips = sums.tolist()
     if not math.isfinite(total):
         raise UserError(f"{task}: the loss became {total}; take a smaller learning_rate")
@@ -86,7 +81,7 @@ def train_epoch(
 
 
 @torch.no_grad()
-def evaluate(network: Callable[[Tensor], Tensor], batches: Iterable[tuple[Tensor, Tensor]], videos: Tensor) -> dict:
+def evaluate(network: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], videos: Tensor) -> dict:
     """Test with the neurons that the head has.
 
     batches: minibatches (inputs, labels) of all clips in order. videos: int64 [clips], the video of each clip.
@@ -94,6 +89,7 @@ def evaluate(network: Callable[[Tensor], Tensor], batches: Iterable[tuple[Tensor
     Returns accuracies in percent: "per_step", a list over time; "last_step"; "video", from the mean of the softmax
     of the last step over a video's clips. Also "loss", the mean over the clips at the last step, and "counts".
     """
+    network.eval()
     correct = loss = 0
     probabilities, labels = [], []
     for inputs, wanted in batches:

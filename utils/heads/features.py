@@ -1,37 +1,35 @@
 """Features that a frozen CNN computes from every frame of the evaluation clips: computed once, kept in a .npy file.
 
-Beside the file NAME lies NAME.json: what it was made of, its size and its checksum. While NAME is built there are
-.NAME.part.npy and .NAME.part.json. The next start continues an interrupted build from them.
+Beside the file NAME lies NAME.json: what it was made of, its size and its checksum. While NAME is built, the clips that
+are done stand in .NAME.DIGEST.part, whose digest is that of all it is made of. The next start continues with it.
 """
 
-import errno
+import glob
 import hashlib
 import io
 import json
 import os
-import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy
 import torch
-from numpy.lib.format import open_memmap
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Sampler
 
 from dataset.batch_sampler import EvalBatchSampler
 from dataset.clips import VideoTable, eval_clips
+from dataset.frame_sampling import FrameSampling
 from dataset.residual import normalised
 from dataset.transforms import eval_transforms
 from dataset.video import VideoDataset, loaded, make_loader
 from models.heads.cnn import FrameCNN, weights_digest
 from utils.errors import UserError
 from utils.files import write_atomically
+from utils.heads.config import Config, DataloaderConfig
 from utils.progress import Progress
 
 _FORMAT = 1
-_SECONDS_BETWEEN_SAVES = 30.0
 
 
 @dataclass(frozen=True)
@@ -53,31 +51,14 @@ class Features:
         return torch.from_numpy(mean).float(), torch.where(deviation > 0, deviation, 1.0)
 
 
-class _Files:
-    """data: the features. manifest: what they were made of. part, part_manifest: the same during a build."""
-
-    def __init__(self, data: Path):
-        self.data = data
-        self.manifest = data.with_name(f"{data.name}.json")
-        self.part = data.with_name(f".{data.name}.part.npy")
-        self.part_manifest = data.with_name(f".{data.name}.part.json")
-
-
 def cached_features(
     data_file: Path,
     labels_file: Path,
     videos: VideoTable,
-    sampling,
+    sampling: FrameSampling,
     network: FrameCNN | None,
-    description: dict,
-    *,
+    config: Config,
     device: torch.device,
-    batch_size: int,
-    workers: int,
-    size: int,
-    pin: bool,
-    may_build: bool,
-    verify: bool = False,
 ) -> Features:
     """The features of every video's evaluation clips: read from `data_file` if it was made of the same videos,
     sampling, frame size and network, otherwise computed and written to it.
@@ -85,38 +66,30 @@ def cached_features(
     data_file: .npy of the features.
     labels_file: .npy of the clips' labels, for other programs. Written if it is missing or differs.
     videos: the videos, each of which must be decodable.
-    sampling: gives the frames of each clip (`dataset.frame_sampling`).
-    network: normalised frames float32 [N, 3, size, size] -> [N, width]. A build moves it to `device`. None,
-        allowed without `may_build`: the weights are not compared.
-    description: more to compare, in types that JSON has.
+    sampling: which frames make a clip.
+    network: normalised frames float32 [N, 3, size, size] -> [N, width]. A build moves it to `device`. None, allowed
+        if import_CNN_forward_data is true: the weights are not compared.
+    config: how to build, and whether. With verify_CNN_data the checksum of `data_file` is compared, which reads it
+        whole. Its size is always compared.
     device: where the features are computed.
-    batch_size: clips in a batch of the network.
-    workers: processes that decode videos.
-    size: pixels, side of a frame.
-    pin: for copies to a GPU beside computation.
-    may_build: False: never compute features.
-    verify: compare the checksum of `data_file`, which reads it whole. Its size is always compared.
 
-    Raises UserError if the files do not fit or are damaged without `may_build`, if a video cannot be decoded and if
-    the files cannot be read or written.
+    Raises UserError if the files do not fit or are damaged and import_CNN_forward_data is true, if a video cannot be
+    decoded and if the files cannot be read or written.
     """
-    files = _Files(data_file)
     clips = eval_clips(videos, sampling)
     labels = videos.labels[clips["video"]]
     try:
-        parts = _parts(videos, sampling, size, network, description)
-        fault = _fault(files, parts, verify)
-        if fault and not may_build:
+        parts = _parts(videos, sampling, config, network)
+        fault = _fault(data_file, parts, config.SNN_trainer.verify_CNN_data)
+        if fault and config.SNN_trainer.import_CNN_forward_data:
             raise UserError(f"{fault}; set import_CNN_forward_data to false to build it")
         if fault:
             print(f"{fault}; building it", flush=True)
-            network = network.to(device).eval()
-            array, done = _open_part(files, parts, (len(clips), sampling.clip_frames, network.width))
-            transforms = eval_transforms(size, round(size * 256 / 224))
-            dataset = VideoDataset(videos, clips[done:], sampling, transforms, seed=0)
-            loader = make_loader(dataset, EvalBatchSampler(dataset.clips, batch_size), workers, pin)
-            _fill(array, done, loader, network, device, lambda done: _save_part(files, parts, array, done))
-            _finish(files, parts)
+            part, done = _open_part(data_file, parts, (len(clips), sampling.clip_frames, network.width))
+            batches = EvalBatchSampler(clips[done:], config.dataloader.batch_size)
+            loader = eval_loader(videos, clips[done:], sampling, config.dataloader, batches, device)
+            _append(part, loader, network, device)
+            _finish(data_file, part, parts)
         _write_labels(labels_file, labels)
         data = numpy.load(data_file, mmap_mode="r", allow_pickle=False)
     except OSError as error:
@@ -130,13 +103,13 @@ def cached_features(
 # ---- what the features were made of ------------------------------------------------------------------
 
 
-def _parts(videos: VideoTable, sampling, size: int, network: FrameCNN | None, description: dict) -> dict[str, str]:
+def _parts(videos: VideoTable, sampling: FrameSampling, config: Config, network: FrameCNN | None) -> dict[str, str]:
     """A digest of each thing that shapes the features, by the name that a message gives it."""
     parts = {
         "videos": _digest_of_videos(videos),
         "sampling": _digest([type(sampling).__name__, asdict(sampling)]),
-        "frame size": _digest(size),
-        "description": _digest(description),
+        "frame size": _digest(config.dataloader.size),
+        "description": _digest(asdict(config.CNN)),
     }
     return parts if network is None else {**parts, "CNN weights": weights_digest(network)}
 
@@ -158,31 +131,31 @@ def _digest(value) -> str:
 # ---- is the file what it should be? ------------------------------------------------------------------
 
 
-def _fault(files: _Files, parts: dict[str, str], verify: bool) -> str | None:
+def _fault(data_file: Path, parts: dict[str, str], verify: bool) -> str | None:
     """Why the data file cannot be used, in one line; None if it can."""
-    for file in (files.data, files.manifest):
+    manifest_file = _manifest_of(data_file)
+    for file in (data_file, manifest_file):
         if not file.is_file():
             return f"{file}: no such file"
-    manifest = _read_manifest(files.manifest)
-    if manifest is None:
-        return f"{files.manifest}: not a readable description of {files.data.name}"
+    try:
+        manifest = json.loads(manifest_file.read_bytes())
+    except ValueError:
+        manifest = {}
+    if manifest.get("format") != _FORMAT:
+        return f"{manifest_file}: not a readable description of {data_file.name}"
     different = [name for name in parts if manifest["parts"].get(name) != parts[name]]
     if different:
-        return f"{files.data}: made with other {' and '.join(different)}"
-    bytes_wanted, bytes_found = manifest["data"]["bytes"], files.data.stat().st_size
-    if bytes_found != bytes_wanted:
-        return f"{files.data}: damaged: expected {bytes_wanted} bytes, found {bytes_found}"
-    if verify and _checksum(files.data) != manifest["data"]["sha256"]:
-        return f"{files.data}: damaged: its checksum differs"
+        return f"{data_file}: made with other {' and '.join(different)}"
+    wanted, found = manifest["data"]["bytes"], data_file.stat().st_size
+    if found != wanted:
+        return f"{data_file}: damaged: expected {wanted} bytes, found {found}"
+    if verify and _checksum(data_file) != manifest["data"]["sha256"]:
+        return f"{data_file}: damaged: its checksum differs"
     return None
 
 
-def _read_manifest(file: Path) -> dict | None:
-    try:
-        content = json.loads(file.read_bytes())
-    except (FileNotFoundError, ValueError):
-        return None
-    return content if isinstance(content, dict) and content.get("format") == _FORMAT else None
+def _manifest_of(data_file: Path) -> Path:
+    return data_file.with_name(f"{data_file.name}.json")
 
 
 def _checksum(file: Path) -> str:
@@ -193,84 +166,57 @@ def _checksum(file: Path) -> str:
 # ---- building it -------------------------------------------------------------------------------------
 
 
-def _open_part(files: _Files, parts: dict[str, str], shape: tuple[int, int, int]) -> tuple[numpy.memmap, int]:
-    """(the array to fill, how many of its clips an interrupted build has filled)"""
-    manifest = _read_manifest(files.part_manifest)
-    fits = manifest is not None and manifest["key"] == _digest(parts)
-    # The size is compared before the file is opened: opening a truncated file would fill it up with zeros.
-    if fits and files.part.is_file() and files.part.stat().st_size == manifest["bytes"]:
-        print(f"{files.data}: continuing, {manifest['done']} of {shape[0]} clips are done", flush=True)
-        return open_memmap(files.part, mode="r+"), manifest["done"]
-    files.data.parent.mkdir(parents=True, exist_ok=True)
-    files.part_manifest.unlink(missing_ok=True)
-    array = open_memmap(files.part, mode="w+", dtype=numpy.float32, shape=shape)
-    try:
-        _reserve(files.part)
-    except OSError as error:
-        files.part.unlink()
-        raise UserError(
-            f"{files.data}: cannot be written ({error.strerror}): it takes {array.nbytes / 1e9:.3f} GB; "
-            "make room or name a file elsewhere"
-        ) from error
-    return array, 0
+def eval_loader(
+    videos: VideoTable, clips: numpy.ndarray, sampling: FrameSampling, loading: DataloaderConfig,
+    batches: Sampler | list, device: torch.device, strict: bool = False,
+) -> DataLoader:  # fmt: skip
+    """A loader of evaluation clips for `device`. batches, strict: as for `make_loader` and `VideoDataset`."""
+    transforms = eval_transforms(loading.size, round(loading.size * 256 / 224))
+    dataset = VideoDataset(videos, clips, sampling, transforms, seed=0, strict=strict)
+    return make_loader(dataset, batches, loading.workers, pin=loading.pin_memory and device.type == "cuda")
 
 
-def _reserve(file: Path) -> None:
-    # Without reserved blocks a full disk would end the process with a signal, on a write to the mapped file.
-    if not hasattr(os, "posix_fallocate"):
-        return
-    with open(file, "r+b") as opened:
-        try:
-            os.posix_fallocate(opened.fileno(), 0, file.stat().st_size)
-        except OSError as error:
-            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # the file system cannot reserve
-                raise
+def _open_part(data_file: Path, parts: dict[str, str], shape: tuple[int, int, int]) -> tuple[Path, int]:
+    """(the file to append features to, how many of the clips an interrupted build has written to it). `shape` is that
+    of all features."""
+    part = data_file.with_name(f".{data_file.name}.{_digest(parts)[:16]}.part")
+    part.parent.mkdir(parents=True, exist_ok=True)
+    for other in part.parent.glob(f".{glob.escape(data_file.name)}.*.part"):
+        if other != part:  # of a build from something else
+            other.unlink()
+    header = io.BytesIO()
+    numpy.lib.format.write_array_header_1_0(header, {"descr": "<f4", "fortran_order": False, "shape": shape})
+    begin, clip_bytes = header.tell(), 4 * shape[1] * shape[2]
+    done = (part.stat().st_size - begin) // clip_bytes if part.exists() else 0
+    if done > 0:
+        print(f"{data_file}: continuing, {done} of {shape[0]} clips are done", flush=True)
+        os.truncate(part, begin + done * clip_bytes)  # the last clip may be cut off
+        return part, done
+    part.write_bytes(header.getvalue())
+    return part, 0
 
 
-def _fill(
-    array: numpy.memmap,
-    done: int,
-    loader: DataLoader,
-    network: FrameCNN,
-    device: torch.device,
-    save: Callable[[int], None],
-) -> None:
-    """Compute the features of the loader's clips into `array`, from clip `done` on. `save(done)` is called every
-    half minute, and at the end even if there is an error."""
-    saved = time.monotonic()
-    try:
-        with Progress(len(loader), "CNN features", unit="batch") as progress, torch.no_grad():
-            for batch in loaded(loader):
-                if batch.failed:
-                    raise UserError(
-                        f"{batch.failed[0].error}; features need every video: mend it or take it off the list"
-                    )
-                clips, frames = batch.clips.shape[:2]
-                features = network(normalised(batch.clips.to(device, non_blocking=True).flatten(0, 1)))
-                array[done : done + clips] = features.float().unflatten(0, (clips, frames)).cpu().numpy()
-                done += clips
-                progress.advance()
-                if time.monotonic() > saved + _SECONDS_BETWEEN_SAVES:
-                    save(done)
-                    saved = time.monotonic()
-    finally:
-        save(done)
+def _append(part: Path, loader: DataLoader, network: FrameCNN, device: torch.device) -> None:
+    network = network.to(device).eval()
+    with open(part, "ab") as file, Progress(len(loader), "CNN features", "batch") as progress, torch.no_grad():
+        for batch in loaded(loader):
+            if batch.failed:
+                raise UserError(f"{batch.failed[0].error}; features need every video: mend it or take it off the list")
+            features = network(normalised(batch.clips.to(device, non_blocking=True).flatten(0, 1)))
+            file.write(features.float().cpu().numpy())
+            progress.advance()
+        file.flush()
+        os.fsync(file.fileno())
 
 
-def _save_part(files: _Files, parts: dict[str, str], array: numpy.memmap, done: int) -> None:
-    array.flush()  # the features must be on the disk before the manifest counts them
-    content = {"format": _FORMAT, "key": _digest(parts), "done": done, "bytes": files.part.stat().st_size}
-    write_atomically(files.part_manifest, json.dumps(content).encode())
-
-
-def _finish(files: _Files, parts: dict[str, str]) -> None:
+def _finish(data_file: Path, part: Path, parts: dict[str, str]) -> None:
     # Earlier features go first: with the new manifest they could be taken for the new ones. If this is interrupted,
     # the next start finds the complete part and finishes it.
-    files.data.unlink(missing_ok=True)
-    data = {"bytes": files.part.stat().st_size, "sha256": _checksum(files.part)}
-    write_atomically(files.manifest, json.dumps({"format": _FORMAT, "parts": parts, "data": data}, indent=1).encode())
-    os.replace(files.part, files.data)
-    files.part_manifest.unlink(missing_ok=True)
+    data_file.unlink(missing_ok=True)
+    data = {"bytes": part.stat().st_size, "sha256": _checksum(part)}
+    manifest = {"format": _FORMAT, "parts": parts, "data": data}
+    write_atomically(_manifest_of(data_file), json.dumps(manifest, indent=1).encode())
+    os.replace(part, data_file)
 
 
 def _write_labels(file: Path, labels: numpy.ndarray) -> None:

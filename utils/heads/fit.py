@@ -2,9 +2,11 @@
 
 from torch import nn, optim
 
+from models.heads.on_features import OnFeatures
 from utils.checkpoint import check_settings, kept_checkpoints, load_newest, save_checkpoint
 from utils.heads.batches import ClipBatches, FeatureBatches
-from utils.heads.engine import evaluate, train_epoch
+from utils.heads.config import Config
+from utils.heads.engine import evaluate, neurons_of, train_epoch
 from utils.heads.plots import save_curves
 from utils.run_folder import RunFolder
 from utils.signals import StopRequest
@@ -23,52 +25,41 @@ def resume(run: RunFolder, network: nn.Module, optimizer: optim.Optimizer, setti
     check_settings(path, state["model_settings"], settings)
     check_settings(path, {"optimizer": state["optimizer_name"]}, {"optimizer": _name(optimizer)})
     network.load_state_dict(state["model"])
-    asked = [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups]
-    optimizer.load_state_dict(state["optimizer"])
-    for group, (learning_rate, weight_decay) in zip(optimizer.param_groups, asked, strict=True):
-        group["lr"], group["weight_decay"] = learning_rate, weight_decay
+    optimizer.load_state_dict(state["optimizer"] | {"param_groups": optimizer.state_dict()["param_groups"]})
     print(f"resumed from {path}, after epoch {state['epoch']}")
     return state["history"]
 
 
 def fit(
-    network: nn.Module,
-    head: nn.Module,
+    network: OnFeatures,
     train_loader: FeatureBatches | ClipBatches,
     test_loader: FeatureBatches | ClipBatches,
     optimizer: optim.Optimizer,
     run: RunFolder,
-    *,
+    config: Config,
     history: list[dict],
-    epochs: int,
-    loss: str,
-    train_mode: str,
     settings: dict,
-    title: str,
 ) -> bool:
     """Train and test for the epochs that are left, and save a checkpoint after each.
 
-    network: inputs -> logits [T, B, classes].
-    head: the part of `network` whose neurons `train_mode` chooses.
+    network: inputs -> logits [T, B, classes]; the config's train_mode chooses the neurons of `network.head`.
+    config: with the number of epochs, those that are done included, and the loss.
     history: the metrics of the epochs that are done; new ones are appended.
-    epochs: in all, with those that are done.
-    loss, train_mode: as for `utils.heads.engine.train_epoch`.
     settings: of the network, for the checkpoint.
-    title: of the picture of the curves.
 
     Returns False if a signal stopped it in mid-epoch. The newest checkpoint is then that of the last whole epoch.
     """
+    epochs = config.SNN_trainer.epochs
     with StopRequest() as stop:
         for epoch in range(len(history), epochs):
-            network.train()
-            trained = train_epoch(
-                network, head, train_loader.shuffled(epoch), optimizer, task=f"epoch {epoch + 1}/{epochs}",
-                steps=len(train_loader), loss=loss, train_mode=train_mode, should_stop=stop.requested,
-            )  # fmt: skip
+            with neurons_of(network.head, config.SNN.train_mode):
+                trained = train_epoch(
+                    network, train_loader.shuffled(epoch), optimizer, task=f"epoch {epoch + 1}/{epochs}",
+                    steps=len(train_loader), loss=config.SNN.loss, should_stop=stop.requested,
+                )  # fmt: skip
             if trained is None:
                 print(f"stopped by {stop.name} in epoch {epoch + 1}; the next start begins this epoch again")
                 return False
-            network.eval()
             tested = evaluate(network, test_loader, test_loader.videos)
             history.append({"epoch": epoch, **trained, **{f"test_{name}": value for name, value in tested.items()}})
             run.add_metrics(history[-1])
@@ -82,7 +73,7 @@ def fit(
                 "optimizer_name": _name(optimizer), "epoch": epoch + 1, "history": history,
             }  # fmt: skip
             save_checkpoint(run.last, state, keep=2)
-    save_curves(run.path / "curves.png", history, title)
+    save_curves(run.path / "curves.png", history, f"{config.name}: {config.SNN.head}")
     return True
 
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from utils.errors import UserError
+from utils.files import writing
 
 
 def save_curves(file: Path, history: list[dict], title: str) -> None:
@@ -19,18 +19,17 @@ def save_curves(file: Path, history: list[dict], title: str) -> None:
     FigureCanvasAgg(figure)
     by_epoch, by_step = figure.subplots(1, 2)
     epochs = [line["epoch"] + 1 for line in history]
-    for name, label in (
-        ("train_last_step", "training, last step"),
-        ("test_last_step", "test, last step"),
-        ("test_video", "test, video"),
-    ):
+    labels = {
+        "train_last_step": "training, last step",
+        "test_last_step": "test, last step",
+        "test_video": "test, video",
+    }
+    for name, label in labels.items():
         by_epoch.plot(epochs, [line[name] for line in history], marker=".", label=label)
     by_epoch.set(xlabel="epoch", ylabel="accuracy (%)", ylim=(0, 102), title=title)
     by_epoch.legend()
     steps = history[-1]["test_per_step"]
     by_step.plot(range(1, len(steps) + 1), steps, marker=".")
     by_step.set(xlabel="time step", ylabel="test accuracy (%)", ylim=(0, 102), title=f"after {epochs[-1]} epochs")
-    try:
+    with writing(file):
         figure.savefig(file, dpi=120)
-    except OSError as error:
-        raise UserError(f"{file}: cannot be written ({error.strerror})") from error

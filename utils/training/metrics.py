@@ -93,27 +93,24 @@ class FiringRates:
     """
 
     def __init__(self, model: nn.Module):
-        self._layers = model.lif_layers()
+        self._stages = model.lif_layers()
+        self._layers = [layer for layers in self._stages.values() for layer in layers]
 
     def __enter__(self) -> "FiringRates":
-        for layers in self._layers.values():
-            for layer in layers:
-                layer.spike_sum.zero_()
-                layer.neuron_steps.zero_()
-                layer.count_spikes = True
+        for layer in self._layers:
+            layer.spike_sum.zero_()
+            layer.neuron_steps.zero_()
+            layer.count_spikes = True
         return self
 
     def __exit__(self, *exc_info) -> None:
-        for layers in self._layers.values():
-            for layer in layers:
-                layer.count_spikes = False
+        for layer in self._layers:
+            layer.count_spikes = False
 
     def sums(self) -> Tensor:
         """float64 [layers, 2]: spikes, and neurons times time steps."""
-        layers = [layer for layers in self._layers.values() for layer in layers]
-        if not layers:
-            return torch.zeros(0, 2, dtype=torch.float64)
-        return torch.stack([torch.stack([layer.spike_sum, layer.neuron_steps]) for layer in layers])
+        sums = [torch.stack([layer.spike_sum, layer.neuron_steps]) for layer in self._layers]
+        return torch.stack(sums) if sums else torch.zeros(0, 2, dtype=torch.float64)
 
     def per_layer(self) -> list[float]:
         return [spikes / steps for spikes, steps in self.sums().tolist()]
@@ -121,8 +118,8 @@ class FiringRates:
     def per_stage(self, sums: Tensor | None = None) -> dict[str, float]:
         """All spikes of a stage over all its neurons and steps: {"stage1": 0.12, ...}. `sums` may have been added up
         over ranks; None takes this rank's."""
-        parts = (self.sums() if sums is None else sums).split([len(layers) for layers in self._layers.values()])
-        totals = {stage: part.sum(0).tolist() for stage, part in zip(self._layers, parts, strict=True)}
+        parts = (self.sums() if sums is None else sums).split([len(layers) for layers in self._stages.values()])
+        totals = {stage: part.sum(0).tolist() for stage, part in zip(self._stages, parts, strict=True)}
         return {stage: spikes / (steps or math.nan) for stage, (spikes, steps) in totals.items()}
 
 

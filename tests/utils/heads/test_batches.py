@@ -16,6 +16,7 @@ from dataset.video import VideoDataset
 from tests.helpers.processes import table
 from utils.errors import UserError
 from utils.heads.batches import ClipBatches, FeatureBatches, minibatches
+from utils.heads.config import DataloaderConfig
 from utils.heads.features import Features
 
 CPU = torch.device("cpu")
@@ -28,7 +29,7 @@ def videos(tiny_demo):
 
 
 def clip_batches(videos, workers=0) -> ClipBatches:
-    return ClipBatches(videos, SAMPLING, 32, 3, 1, CPU, workers=workers, pin=False)
+    return ClipBatches(videos, SAMPLING, DataloaderConfig(batch_size=1, workers=workers, size=32), 3, 1, CPU)
 
 
 def test_minibatches():

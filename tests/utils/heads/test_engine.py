@@ -36,10 +36,10 @@ def showing_labels(count: int, seed: int = 0):
     return F.one_hot(labels, 3).float().expand(4, -1, -1) * 2, labels
 
 
-def epoch(head, batches, learning_rate=0.1, **more):
+def epoch(head, batches, learning_rate=0.1, train_mode="spiking", loss="last", **more):
     optimizer = torch.optim.SGD(head.parameters(), learning_rate)
-    how = dict(task="epoch 1/2", steps=len(batches), loss="last", train_mode="spiking", shown=False) | more
-    return train_epoch(head, head, batches, optimizer, **how)
+    with neurons_of(head, train_mode):
+        return train_epoch(head, batches, optimizer, task="epoch 1/2", steps=len(batches), loss=loss, **more)
 
 
 # ---- neurons -----------------------------------------------------------------------------------------
@@ -147,11 +147,8 @@ def test_lmu_learns_the_delayed_recall():
     assert inputs[SHOWN:].std().item() == pytest.approx(0.5, abs=0.02)
     head = LMUHead(SYMBOLS, SYMBOLS, units=32, order=6, theta=STEPS, memory=4)
     optimizer = torch.optim.Adam(head.parameters(), 5e-3)
-    how = dict(task="", steps=2, loss="last", train_mode="spiking", shown=False)
-    results = [
-        train_epoch(head, head, [(inputs[:, :32], labels[:32]), (inputs[:, 32:], labels[32:])], optimizer, **how)
-        for _ in range(15)
-    ]
+    batches = [(inputs[:, :32], labels[:32]), (inputs[:, 32:], labels[32:])]
+    results = [train_epoch(head, batches, optimizer, task="", steps=2, loss="last") for _ in range(15)]
     assert results[-1]["train_loss"] < 0.5 * results[0]["train_loss"]
 
 
@@ -198,8 +195,8 @@ def test_a_test_pass_keeps_no_graph():
     head = Head()
     inputs, labels = showing_labels(4)
 
-    def network(inputs):
-        assert not torch.is_grad_enabled()
-        return head(inputs)
+    def check(*_):
+        assert not torch.is_grad_enabled() and not head.training
 
-    evaluate(network, [(inputs, labels)], torch.arange(4))
+    with head.register_forward_pre_hook(check):
+        evaluate(head, [(inputs, labels)], torch.arange(4))

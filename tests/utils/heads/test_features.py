@@ -1,3 +1,4 @@
+import dataclasses
 import errno
 import json
 import os
@@ -18,7 +19,9 @@ from dataset.transforms import eval_transforms
 from dataset.video import VideoDataset
 from models.heads.cnn import FrameCNN, weights_digest
 from tests.helpers.processes import table
+from tests.helpers.script import ROOT
 from utils.errors import UserError
+from utils.heads.config import CNNConfig, DataloaderConfig, TrainerConfig, read_config
 from utils.heads.features import Features, cached_features
 
 CPU = torch.device("cpu")
@@ -67,12 +70,31 @@ def videos(folder):
     return table(str(folder / "videos"), VIDEOS)
 
 
-def features(folder, videos, network=None, sampling=SAMPLING, description=None, batch_size=3, **more) -> Features:
-    settings = dict(device=CPU, workers=0, size=32, pin=False, may_build=True) | more
-    return cached_features(
-        folder / "cache" / "features.npy", folder / "cache" / "labels.npy", videos, sampling, network or Colours(),
-        description or {"backbone": "colours"}, batch_size=batch_size, **settings,
+def features(
+    folder,
+    videos,
+    network=None,
+    sampling=SAMPLING,
+    backbone="resnet50",
+    batch_size=3,
+    workers=0,
+    size=32,
+    may_build=True,
+    verify=False,
+) -> Features:
+    config = dataclasses.replace(
+        read_config(ROOT / "configs/demo.json"), CNN=CNNConfig(backbone=backbone),
+        dataloader=DataloaderConfig(batch_size=batch_size, workers=workers, size=size),
+        SNN_trainer=TrainerConfig(epochs=1, import_CNN_forward_data=not may_build, verify_CNN_data=verify),
     )  # fmt: skip
+    cache = folder / "cache"
+    files = (cache / "features.npy", cache / "labels.npy")
+    return cached_features(*files, videos, sampling, network or Colours(), config, CPU)
+
+
+def the_part(folder) -> Path:
+    (part,) = (folder / "cache").glob(".features.npy.*.part")
+    return part
 
 
 def no_decoding(monkeypatch):
@@ -127,17 +149,24 @@ def test_an_interrupted_build_goes_on(folder, videos, capsys):
     assert "6 of 10 clips are done" in capsys.readouterr().out
 
 
-def test_what_was_cut_off_or_made_of_something_else_is_not_gone_on_with(folder, videos):
+@pytest.mark.parametrize(
+    ("seed", "spoil", "frames"),
+    [
+        (1, lambda part: None, [12, 12, 12, 4]),
+        (0, lambda part: part.unlink(), [12, 12, 12, 4]),
+        (0, lambda part: os.truncate(part, 100), [12, 12, 12, 4]),  # in the header
+        (0, lambda part: os.truncate(part, 128 + 80 + 79), [12, 12, 12]),  # in the second clip
+    ],
+)
+def test_the_clips_that_are_whole_and_of_the_same_network_are_kept(folder, videos, seed, spoil, frames):
     want = features(folder / "whole", videos).data
-    part = folder / "cache" / ".features.npy.part.npy"
-    for seed, spoil in ((1, lambda: None), (0, part.unlink), (0, lambda: os.truncate(part, 300))):
-        with pytest.raises(KeyboardInterrupt):
-            features(folder, videos, Colours(seed, fails_at=3))
-        spoil()
-        network = Colours()
-        assert numpy.array_equal(features(folder, videos, network).data, want)
-        assert network.frames == [12, 12, 12, 4]
-        shutil.rmtree(folder / "cache")
+    with pytest.raises(KeyboardInterrupt):
+        features(folder, videos, Colours(seed, fails_at=3))
+    spoil(the_part(folder))
+    network = Colours()
+    assert numpy.array_equal(features(folder, videos, network).data, want)
+    assert network.frames == frames
+    assert not list((folder / "cache").glob(".*"))
 
 
 @pytest.mark.parametrize("function", ["_finish", "write_atomically", "os.replace"])
@@ -145,11 +174,10 @@ def test_a_finished_part_is_not_computed_again(folder, videos, monkeypatch, func
     """A build may be killed after the last clip, before the renaming; here it replaces features of the same size."""
     want = features(folder / "whole", videos).data
     features(folder, videos, Colours(1))
-    files = utils.heads.features._Files(folder / "cache" / "features.npy")
     real = os.replace if function == "os.replace" else getattr(utils.heads.features, function)
 
     def killed(*arguments):
-        if function == "_finish" or files.manifest in arguments or files.part in arguments:
+        if function != "os.replace" or str(arguments[0]).endswith(".part"):
             raise KeyboardInterrupt
         return real(*arguments)
 
@@ -214,7 +242,7 @@ def flip_a_bit(name):
         (None, {"network": Colours(1)}, "made with other CNN weights"),
         (None, {"sampling": SegmentSampling(4, views=1)}, "made with other sampling"),
         (None, {"size": 28}, "made with other frame size"),
-        (None, {"description": {"backbone": "greys"}}, "made with other description"),
+        (None, {"backbone": "resnet18"}, "made with other description"),
         (truncate, {}, "damaged: expected 928 bytes, found 300"),
         (flip_a_bit("features.npy"), {"verify": True}, "damaged: its checksum differs"),
         (cut_off_the_description, {}, "not a readable description"),
@@ -268,18 +296,21 @@ def test_a_loading_process_that_dies_in_one_line(folder, videos, monkeypatch):
 
 
 def test_a_full_disk_in_one_line(folder, videos, monkeypatch):
+    """/dev/full is a file whose disk is always full. What was written before is kept."""
+    with monkeypatch.context() as patched, open("/dev/full", "ab") as always_full:
+        patched.setattr(utils.heads.features, "open", lambda *_: always_full, raising=False)
+        with pytest.raises(UserError, match=r"features.npy: cannot be read or written \(No space.*enough room"):
+            features(folder, videos)
+    assert not (folder / "cache" / "features.npy").exists()
+
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(os, "posix_fallocate", full)
-        with pytest.raises(UserError, match=r"features.npy: cannot be written \(No space.*make room"):
-            features(folder, videos)
-    assert not list((folder / "cache").iterdir())
-    with monkeypatch.context() as patched:
         patched.setattr(utils.heads.features, "write_atomically", full)
         with pytest.raises(UserError, match=r"features.npy: cannot be read or written \(No space left on device\)"):
             features(folder, videos)
+    assert the_part(folder).stat().st_size == 928
     (folder / "file").write_text("")
     with pytest.raises(UserError, match="cannot be read or written"):
         features(folder / "file", videos)

@@ -1,13 +1,16 @@
 """The training of a head, and how it is resumed. tests/scripts/test_main.py has whole runs."""
 
+import dataclasses
 import json
 
 import pytest
 import torch
 from torch import nn
 
+from tests.helpers.script import ROOT
 from utils.errors import UserError
 from utils.heads import fit as fit_module
+from utils.heads.config import TrainerConfig, read_config
 from utils.heads.fit import fit, resume
 from utils.run_folder import RunFolder, leave_run_folders
 
@@ -32,6 +35,10 @@ class Batches:
 class Head(nn.Linear):
     neuron = None
 
+    @property
+    def head(self):
+        return self
+
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
@@ -41,10 +48,8 @@ def run(tmp_path, monkeypatch):
 
 
 def trained(run, head, optimizer, history, epochs) -> bool:
-    return fit(
-        head, head, Batches(), Batches(), optimizer, run, history=history, epochs=epochs, loss="last",
-        train_mode="spiking", settings={"units": 3}, title="",
-    )  # fmt: skip
+    config = dataclasses.replace(read_config(ROOT / "configs/demo.json"), SNN_trainer=TrainerConfig(epochs=epochs))
+    return fit(head, Batches(), Batches(), optimizer, run, config, history, {"units": 3})
 
 
 def test_a_resumed_run_takes_the_rates_that_it_is_given(run):
