@@ -87,7 +87,7 @@ class VideoDataset(Dataset):
         clip = torch.from_numpy(decoded).permute(0, 3, 1, 2)  # [T, 3, H, W]
         # torchvision's transforms draw from the global generator, whose state must not change for others.
         with torch.random.fork_rng(devices=[]):
-            # Not torch.manual_seed: the seeding of a GPU that is not there formats a traceback, 1 ms a clip.
+            # Not torch.manual_seed: the seeding of a GPU that is not there formats a traceback each time.
             torch.default_generator.manual_seed(generator.getrandbits(63))
             clip = self._transforms[crop](clip)
         return clip, int(self.videos.labels[video]), video
