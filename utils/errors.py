@@ -23,6 +23,9 @@ class UserError(ValueError):
 class OtherProcessError(UserError):
     """Another process of this run cannot go on, and prints why."""
 
+    def __init__(self):
+        super().__init__("another process of this run cannot go on")
+
 
 class _HelpWithDefaults(argparse.ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str:
