@@ -44,10 +44,9 @@ def test_no_circles():
     assert not arrows
 
 
-@pytest.mark.parametrize("script", ["train_fusion.py", "train_kinetics.py"])
-def test_library_functions_do_not_take_args(script):
+def test_library_functions_do_not_take_args():
     """The command line ends in the scripts and in utils/training/flags.py."""
     for file in FILES:
-        if file.name != "flags.py":
+        if file.name != "flags.py" and "__main__" not in file.read_text():
             functions = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.FunctionDef)]
             assert not any(argument.arg == "args" for node in functions for argument in node.args.args), file
