@@ -102,7 +102,9 @@ class TrainingState:
             if value.is_floating_point() and not value.isfinite().all():
                 raise UserError(f"{path}: its weights {name} are not all finite; resume from an earlier checkpoint")
         self.restored_from = path
-        sums = torch.tensor(scores, dtype=torch.float64).reshape(4) if scores and self.runtime.is_main else None
+        sums = None
+        if scores and self.runtime.is_main:
+            sums = torch.tensor(scores, dtype=torch.float64, device=self.runtime.device).reshape(4)
         self.position = TrainPosition(epoch, clips, sums)
         self.model.load_state_dict(state["model"])
         hyperparameters = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]

@@ -11,18 +11,18 @@ from tests.utils.training.test_engine import CRITERION, Net, make_loader
 from utils.checkpoint import Checkpoint, load_checkpoint
 from utils.errors import UserError
 from utils.run_folder import RunFolder
-from utils.runtime import ALONE
+from utils.runtime import ALONE, Runtime
 from utils.training.engine import TrainPosition
 from utils.training.fit import TrainingState, fit
 
 FLAGS = {"seed": 3, "momentum": 0.9}
 
 
-def state(optimizer=None, **settings) -> TrainingState:
+def state(optimizer=None, runtime=ALONE, **settings) -> TrainingState:
     model = Net()
     optimizer = optimizer or (lambda model: torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9))
     return TrainingState(
-        model, optimizer(model), torch.amp.GradScaler("cpu", enabled=False), ALONE,
+        model, optimizer(model), torch.amp.GradScaler("cpu", enabled=False), runtime,
         {"neuron": "lif", "tau": 4 / 3, "surrogate": "atan", "alpha": 2.0, **settings},
         clip_ids=numpy.arange(19), evaluated_clips="19 clips", flags=dict(FLAGS), position=TrainPosition(),
     )  # fmt: skip
@@ -111,6 +111,13 @@ def restored(saved: dict, **settings) -> TrainingState:
 
 def test_round_trip(saved):
     assert torch.equal(restored(saved).model.layer.weight, saved["model"]["layer.weight"])
+
+
+def test_restored_sums_lie_on_the_device_of_the_run(saved):
+    """The step log subtracts them from the epoch's sums, which lie there."""
+    into = state(runtime=Runtime(torch.device("meta")))
+    into.restore(Checkpoint("last.pt", saved))
+    assert into.position.sums.device.type == "meta"
 
 
 @pytest.mark.parametrize("name, value", [("neuron", "other"), ("tau", 2.0), ("surrogate", "sigmoid"), ("alpha", 1.0)])
