@@ -46,7 +46,7 @@ class VideoInfo:
     frames: int = 0  # decodable
     width: int = 0  # pixels, upright
     height: int = 0
-    fps: float = 0.0  # average frames per second as the container says; 0 where it does not
+    fps: float = 0.0  # average frames per second by the container; 0 if it names none
     damaged_packets: int = 0
     seek_points: tuple[SeekPoint, ...] = field(default=(), repr=False)
     error: str | None = None

@@ -11,6 +11,7 @@ larger. docs/data.md says when this pays and what it costs in disk.
 import argparse
 import errno
 import fcntl
+import functools
 import io
 import json
 import os
@@ -58,7 +59,7 @@ SPLITS = (1, 2, 3)
 SUFFIX = ".mov"
 MANIFEST = "prepared.json"
 _FORMAT = 1  # of the files and the manifest
-_RATE_IF_UNKNOWN = Fraction(25)  # frames per second: where the container gives no rate; it only matters to players
+_RATE_IF_UNKNOWN = Fraction(25)  # frames per second, if the container gives none; only players need it
 _LARGEST_RATE = 1000
 _SAMPLE = 16  # videos that --dry-run converts
 _SECONDS_FOR_ANOTHER_TO_LEAVE = 10
@@ -327,10 +328,10 @@ def prepare(
     outcomes: dict[str, Outcome] = {}
     written = 0
     start = time.monotonic()
-    task_function = _verified_in_full if verify_full else convert_or_say_why
+    convert_one = functools.partial(convert_or_report, verify_full=verify_full)
     try:
         with (
-            closing(map_in_processes(task_function, tasks, jobs)) as results,
+            closing(map_in_processes(convert_one, tasks, jobs)) as results,
             Progress(len(tasks), "preparing videos", unit="video") as progress,
         ):
             for task, outcome in results:
@@ -394,7 +395,7 @@ def _write_list(path: Path, lines: list[str]) -> None:
 # ---- one video, in a worker process ---------------------------------------------------------------
 
 
-def convert_or_say_why(task: Task, verify_full: bool = False) -> Outcome:
+def convert_or_report(task: Task, verify_full: bool = False) -> Outcome:
     """`convert`, unless the target is there and whole."""
     start = time.monotonic()
     target = Path(task.target)
@@ -410,10 +411,6 @@ def convert_or_say_why(task: Task, verify_full: bool = False) -> Outcome:
     except Exception as error:  # one strange file among thousands must not end the run
         line = " ".join(str(error).split())
         return Outcome(error=f"{task.source}: cannot be prepared ({type(error).__name__}: {line})")
-
-
-def _verified_in_full(task: Task) -> Outcome:
-    return convert_or_say_why(task, verify_full=True)
 
 
 def _what_is_there(target: Path, known: tuple[int, int] | None, verify_full: bool) -> Outcome | None:
@@ -522,7 +519,7 @@ def predict(targets: dict[str, Path], settings: Settings, jobs: int) -> None:
     sample = sources[:: max(1, len(sources) // _SAMPLE)][:_SAMPLE]
     with tempfile.TemporaryDirectory() as folder:
         tasks = [Task(s, f"{folder}/{n}{SUFFIX}", settings, keep=False) for n, s in enumerate(sample)]
-        done = {task.source: outcome for task, outcome in map_in_processes(convert_or_say_why, tasks, jobs)}
+        done = {task.source: outcome for task, outcome in map_in_processes(convert_or_report, tasks, jobs)}
     good = {source: outcome for source, outcome in done.items() if outcome is not None and outcome.frames}
     if not good:
         first = next(iter(done.values()))
