@@ -8,6 +8,7 @@ All flags but --kills and --seed go to dataset.prepare.
 import argparse
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -21,6 +22,8 @@ def start(flags: list[str], out: Path) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, "-m", "dataset.prepare", *flags, "--out", str(out)],
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        # A shell's background job ignores SIGINT, and so would all that it starts.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
 
 
