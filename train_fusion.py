@@ -34,6 +34,7 @@ from dataset.splits import Split, read_hmdb51, read_ucf101
 from dataset.transforms import eval_transforms, resized_crop
 from models import ReSpike
 from models.batch_norm import synchronise_batch_norm
+from models.initial_weights import initialise
 from utils.checkpoint import Checkpoint
 from utils.device import cpu_count
 from utils.errors import ArgumentParser, UserError
@@ -55,6 +56,7 @@ DEFAULTS = dict(
     # clips
     time=16,  # frames a clip (-T)
     stride=4,  # frames a segment: one key frame, the others residual
+    residual="key",  # a residual frame is the frame minus its key frame; or minus the "previous" one, or "none"
     sampling="window",  # window: consecutive frames; segments: a frame of each of T equal parts (TSN)
     frame_stride=1,  # video frames from one clip frame of a window to the next
     clips_per_video="one",  # a random clip a video and epoch; "all": every window 16 frames apart (published)
@@ -68,9 +70,11 @@ DEFAULTS = dict(
     # network
     model="resnet18",  # resnet18, 34, 50, 101 or 152
     weights="default",  # ImageNet weights of torchvision; "none", or the path of a state dict
+    init=None,  # start from the weights of another run: its checkpoint
+    freeze=None,  # "ann": the ANN branch stays as it is
     downsample=False,  # fuse at all four stages, the first two at reduced size; else at stages 2 to 4
     branches="both",  # or "ann", "snn"
-    fusion="cross",  # cross-attention; or "concat"
+    fusion="cross",  # cross-attention; or "lean", "concat"
     snn_bn="per-step",  # batch norm statistics of each time step; or "merged"
     neuron="lif",  # a name in models/neurons.py
     tau=4 / 3,  # membrane time constant, in time steps
@@ -202,7 +206,9 @@ def load_data(
 ) -> Data:  # fmt: skip
     """Clips and loaders. The training clips of a continued run stand in the checkpoint's order."""
     sampling = SAMPLINGS[args.sampling](args.time, args.frame_stride, args.views)
-    make = LoaderMaker(sampling, args.stride, args.batch_size, args.workers, args.seed, args.strict, runtime)
+    make = LoaderMaker(
+        sampling, args.stride, args.residual, args.batch_size, args.workers, args.seed, args.strict, runtime
+    )
 
     data_set = DATA_SETS[args.dset]
     flip = data_set.flip if args.flip is None else args.flip
@@ -248,11 +254,20 @@ def build(
         backbone=args.model, num_classes=len(classes), stride=args.stride, downsample=args.downsample,
         branches=args.branches, fusion=args.fusion, snn_batch_norm=args.snn_bn,
     )  # fmt: skip
+    settings = network | dict(
+        classes=classes, T=args.time, residual=args.residual, neuron=args.neuron, tau=args.tau,
+        surrogate=args.surrogate, alpha=args.alpha,
+    )  # fmt: skip
+    starts = checkpoint is None and runtime.is_main  # other ranks take the weights of rank 0
     model = ReSpike(
         **network, neuron=neuron_parameters(args), neuron_type=args.neuron,
-        weights=args.weights if checkpoint is None and runtime.is_main else None,  # other ranks take those of rank 0
+        weights=args.weights if starts and args.init is None else None,
         lif_backend=args.lif_backend, pack_spikes=args.pack_spikes,
     )  # fmt: skip
+    if starts and args.init is not None:
+        print(initialise(model, settings, Path(args.init)))
+    if args.freeze == "ann":
+        model.freeze_ann()
     if args.sync_bn and runtime.count > 1:
         synchronise_batch_norm(model)
     model = model.to(runtime.device, memory_format=torch.channels_last)
@@ -262,9 +277,6 @@ def build(
     )
     # float16 needs its gradients scaled; --amp chooses it on GPUs that have no bfloat16.
     scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.precision == torch.float16)
-    settings = network | dict(
-        classes=classes, T=args.time, neuron=args.neuron, tau=args.tau, surrogate=args.surrogate, alpha=args.alpha
-    )
     state = TrainingState(
         model, optimizer, scaler, runtime, settings, clip_ids=data.clip_ids, evaluated_clips=data.evaluated_clips,
         flags=vars(args), position=TrainPosition(args.start_epoch),

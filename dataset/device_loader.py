@@ -28,15 +28,16 @@ class Batch(NamedTuple):
 
 
 class DeviceLoader:
-    """Batches of a DataLoader on the device of `runtime`, for clips in segments of `stride` frames.
+    """Batches of a DataLoader on the device of `runtime`, for clips in segments of `stride` frames. `minus` as for
+    `dataset.residual.key_residual_split`.
 
     Iterating gives uint8 `VideoBatch`es; on a GPU the next one is copied while the present one is used. `split`
     makes a `Batch` of one just before the network takes it, because key and residual frames are up to four times
     as large.
     """
 
-    def __init__(self, loader: DataLoader, stride: int, runtime: Runtime):
-        self._loader, self._stride, self._runtime = loader, stride, runtime
+    def __init__(self, loader: DataLoader, stride: int, runtime: Runtime, minus: str = "key"):
+        self._loader, self._stride, self._runtime, self._minus = loader, stride, runtime, minus
         self.batches = loader.batch_sampler
         self.videos: VideoTable = loader.dataset.videos
 
@@ -49,7 +50,7 @@ class DeviceLoader:
         return to_device(loaded(self._loader), self._runtime.device)
 
     def split(self, batch: VideoBatch) -> Batch:
-        key, residual = key_residual_split(batch.clips, self._stride, self._runtime.precision)
+        key, residual = key_residual_split(batch.clips, self._stride, self._runtime.precision, self._minus)
         return Batch(key, residual, batch.labels, batch.videos)
 
     def empty(self) -> VideoBatch:
@@ -69,6 +70,7 @@ class LoaderMaker:
 
     sampling: FrameSampling
     stride: int  # frames of a segment
+    minus: str  # what residual frames are taken from: "key", "previous" or "none"
     batch_size: int  # clips a batch and rank
     workers: int  # data loading processes of each rank
     seed: int
@@ -90,7 +92,7 @@ class LoaderMaker:
     def _loader(self, videos: VideoTable, clips: numpy.ndarray, transforms: Sequence, batches: Sampler) -> DeviceLoader:
         data = VideoDataset(videos, clips, self.sampling, transforms, self.seed, self.strict)
         loader = make_loader(data, batches, self.workers, pin=self.runtime.device.type == "cuda")
-        return DeviceLoader(loader, self.stride, self.runtime)
+        return DeviceLoader(loader, self.stride, self.runtime, self.minus)
 
 
 def to_device(batches: Iterable[VideoBatch], device: torch.device) -> Iterator[VideoBatch]:

@@ -11,6 +11,7 @@ from utils.triton_language import why_not_on
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # RGB, in units of full scale
 IMAGENET_STD = (0.229, 0.224, 0.225)
+RESIDUALS = ("key", "previous", "none")  # what is subtracted from a residual frame
 _SCALE = tuple(1.0 / (255.0 * std) for std in IMAGENET_STD)
 _SCALED_MEAN = tuple(mean / std for mean, std in zip(IMAGENET_MEAN, IMAGENET_STD, strict=True))
 
@@ -37,12 +38,16 @@ def check_stride(frames: int, stride: int) -> None:
         )
 
 
-def key_residual_split(clip: Tensor, stride: int, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+def key_residual_split(
+    clip: Tensor, stride: int, dtype: torch.dtype | None = None, minus: str = "key"
+) -> tuple[Tensor, Tensor]:
     """Key frames, and the others minus their key frame (ReSpike, arXiv 2409.01564, section 3.1).
 
     clip: [B, T, 3, H, W], T a multiple of `stride`. uint8 is scaled to [0, 1] and normalised with
     ImageNet's mean and standard deviation per channel (the mean cancels in a residual); a
     floating-point clip is taken as normalised already.
+    minus: what is subtracted: the "key" frame of the segment (as published), the "previous" frame, or "none": the
+    frames as they are.
 
     Returns key [B, T/stride, 3, H, W] and residual [B, T/stride, stride-1, 3, H, W], in `dtype`; None:
     the clip's type, float32 from uint8. Both lie in memory channels-last and the residual time first, as
@@ -53,25 +58,33 @@ def key_residual_split(clip: Tensor, stride: int, dtype: torch.dtype | None = No
     check_stride(clip.shape[1], stride)
     if clip.dtype != torch.uint8 and not clip.is_floating_point():
         raise UserError(f"clip must be uint8 or floating point, got {clip.dtype}")
+    if minus not in RESIDUALS:
+        raise UserError(f"minus must be one of {', '.join(RESIDUALS)}, got {minus!r}")
     frames = clip.unflatten(1, (-1, stride)).permute(0, 1, 2, 4, 5, 3)  # [B, K, stride, H, W, 3]
     if clip.dtype == torch.uint8 and clip.is_cuda and why_not_on("cuda") is None:
-        key, residual = residual_kernel.split(frames.contiguous(), _SCALE, _SCALED_MEAN, dtype or torch.float32)
+        key, residual = residual_kernel.split(
+            frames.contiguous(), _SCALE, _SCALED_MEAN, dtype or torch.float32, RESIDUALS.index(minus)
+        )
     else:
-        key, residual = _split(frames, dtype)
+        key, residual = _split(frames, dtype, minus)
     return key.permute(0, 1, 4, 2, 3), residual.permute(1, 2, 0, 5, 3, 4)
 
 
-def _split(frames: Tensor, dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
+def _split(frames: Tensor, dtype: torch.dtype | None, minus: str) -> tuple[Tensor, Tensor]:
     """[B, K, stride, H, W, 3] -> (key [B, K, H, W, 3], residual [stride-1, B, K, H, W, 3])"""
     segments = frames.movedim(2, 0)
-    if frames.dtype != torch.uint8:
-        key = segments[0].contiguous()
-        residual = segments[1:].contiguous() - key
-    else:
+    compute = torch.float32 if frames.dtype == torch.uint8 else frames.dtype
+    key = segments[0].to(compute, copy=True, memory_format=torch.contiguous_format)
+    residual = segments[1:].to(compute, copy=True, memory_format=torch.contiguous_format)
+    # Whole numbers up to 255 are exact in float32: the residual of a static clip is exactly zero.
+    if minus == "key":
+        residual.sub_(key)
+    elif minus == "previous":
+        residual.sub_(segments[:-1])
+    if frames.dtype == torch.uint8:
         scale, mean = _constants(frames.device)
-        key = segments[0].to(torch.float32, memory_format=torch.contiguous_format)
-        residual = segments[1:].to(torch.float32, memory_format=torch.contiguous_format)
-        # Whole numbers up to 255 are exact in float32: the residual of a static clip is exactly zero.
-        residual.sub_(key).mul_(scale)
+        residual.mul_(scale)
+        if minus == "none":
+            residual.sub_(mean)
         key.mul_(scale).sub_(mean)
     return (key, residual) if dtype is None else (key.to(dtype), residual.to(dtype))

@@ -13,7 +13,7 @@ def _split_kernel(
     clip_ptr, key_ptr, residual_ptr, values, segments,
     SCALE_R: tl.constexpr, SCALE_G: tl.constexpr, SCALE_B: tl.constexpr,
     MEAN_R: tl.constexpr, MEAN_G: tl.constexpr, MEAN_B: tl.constexpr,
-    STRIDE: tl.constexpr, BLOCK: tl.constexpr,
+    MINUS: tl.constexpr, STRIDE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     segment = tl.program_id(1).to(tl.int64)
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -24,18 +24,27 @@ def _split_kernel(
     first = clip_ptr + segment * STRIDE * values
     key = tl.load(first + at, mask, 0).to(tl.float32)
     tl.store(key_ptr + segment * values + at, (key * scale - mean).to(key_ptr.dtype.element_ty), mask)
+    before = key
     for step in tl.static_range(STRIDE - 1):
         frame = tl.load(first + (step + 1) * values + at, mask, 0).to(tl.float32)
-        # Whole numbers are exact in float32: the residual of a static clip is exactly zero.
-        residual = ((frame - key) * scale).to(residual_ptr.dtype.element_ty)
-        tl.store(residual_ptr + (step * segments + segment) * values + at, residual, mask)
+        if MINUS == 2:
+            residual = frame * scale - mean
+        else:  # whole numbers are exact in float32: the residual of a static clip is exactly zero
+            residual = (frame - before) * scale
+        if MINUS == 1:
+            before = frame
+        tl.store(
+            residual_ptr + (step * segments + segment) * values + at, residual.to(residual_ptr.dtype.element_ty), mask
+        )
 
 
 def split(
-    segments: Tensor, scale: tuple[float, ...], mean: tuple[float, ...], dtype: torch.dtype
+    segments: Tensor, scale: tuple[float, ...], mean: tuple[float, ...], dtype: torch.dtype, minus: int = 0
 ) -> tuple[Tensor, Tensor]:
     """segments: uint8 [B, K, stride, H, W, 3], contiguous -> (key [B, K, H, W, 3], residual
-    [stride-1, B, K, H, W, 3]) in `dtype`: value * scale - mean, and (value - key's value) * scale."""
+    [stride-1, B, K, H, W, 3]) in `dtype`: value * scale - mean, and (value - reference) * scale.
+    minus: the reference is the key frame (0), the frame before (1), or there is none and a residual frame is as a key
+    frame (2)."""
     batch, keys, stride, height, width, colours = segments.shape
     key = torch.empty(batch, keys, height, width, colours, dtype=dtype, device=segments.device)
     residual = torch.empty(stride - 1, *key.shape, dtype=dtype, device=segments.device)
@@ -43,6 +52,7 @@ def split(
     if segments.numel():
         with torch.cuda.device_of(segments):
             _split_kernel[(triton.cdiv(values, _BLOCK), batch * keys)](
-                segments, key, residual, values, batch * keys, *scale, *mean, STRIDE=stride, BLOCK=_BLOCK, num_warps=4
-            )
+                segments, key, residual, values, batch * keys, *scale, *mean, MINUS=minus, STRIDE=stride,
+                BLOCK=_BLOCK, num_warps=4,
+            )  # fmt: skip
     return key, residual

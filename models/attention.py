@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import math
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,7 @@ from models.kernels.geglu import geglu
 
 HEAD_WIDTH = 32
 NORM_GROUPS = 32
+LEAN_CONTEXT = 7  # tokens along each side that the lean fusion attends to, at most
 
 
 class Attention(nn.Module):
@@ -28,11 +30,20 @@ class Attention(nn.Module):
         self.to_out = nn.Linear(channels, channels)
 
     def forward(self, query_tokens: Tensor, context_tokens: Tensor) -> Tensor:
-        q = self.to_q(query_tokens).unflatten(-1, (self.heads, HEAD_WIDTH)).transpose(1, 2)  # [N, heads, Q, 32]
-        k = self.to_k(context_tokens).unflatten(-1, (self.heads, HEAD_WIDTH)).transpose(1, 2)  # [N, heads, L, 32]
-        v = self.to_v(context_tokens).unflatten(-1, (self.heads, HEAD_WIDTH)).transpose(1, 2)
-        attended = F.scaled_dot_product_attention(q, k, v)  # [N, heads, Q, 32]
+        return self.attend(query_tokens, self.keys_values(context_tokens))
+
+    def keys_values(self, context_tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """[N, L, C_context] -> keys and values, [N, heads, L, 32] each."""
+        return self._in_heads(self.to_k(context_tokens)), self._in_heads(self.to_v(context_tokens))
+
+    def attend(self, query_tokens: Tensor, keys_values: tuple[Tensor, Tensor]) -> Tensor:
+        """[N, Q, C] -> [N, Q, C]"""
+        q = self._in_heads(self.to_q(query_tokens))  # [N, heads, Q, 32]
+        attended = F.scaled_dot_product_attention(q, *keys_values)  # [N, heads, Q, 32]
         return self.to_out(attended.transpose(1, 2).flatten(2))
+
+    def _in_heads(self, tokens: Tensor) -> Tensor:
+        return tokens.unflatten(-1, (self.heads, HEAD_WIDTH)).transpose(1, 2)
 
 
 class GEGLU(nn.Module):
@@ -91,25 +102,72 @@ class CrossAttentionFusion(nn.Module):
         nn.init.zeros_(self.proj_out.bias)
 
     def forward(self, snn: Tensor, ann: Tensor) -> Tensor:
+        return self.fuse(snn, self.context(ann))
+
+    def context(self, ann: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of the key frames: all that `fuse` needs of [N, C_ann, H, W]."""
+        return self.attend_ann.keys_values(_to_tokens(F.avg_pool2d(ann, self.pool) if self.pool > 1 else ann))
+
+    def fuse(self, snn: Tensor, context: tuple[Tensor, Tensor]) -> Tensor:
+        """[S, N, C, H, W] -> [S, N, C, H, W]. No time step sees another one."""
         steps, frames = snn.shape[:2]
         features = snn.flatten(0, 1)  # [S*N, C, H, W]
         if self.pool > 1:
             features = F.avg_pool2d(features, self.pool)
-            ann = F.avg_pool2d(ann, self.pool)
         height, width = features.shape[2:]
 
-        ann_tokens, features_tokens = _to_tokens(ann), _to_tokens(features)  # [N, HW, C_ann], [S*N, HW, C]
-        tokens = self.proj_in(_to_tokens(self.norm(features)))  # [S*N, HW, C]
+        features_tokens = _to_tokens(features)  # [S*N, HW, C]
+        tokens = self.proj_in(_to_tokens(self.norm(features)))
         normed = self.norm_self(tokens)
         tokens = tokens + self.attend_self(normed, normed)
         query = _steps_into_query(self.norm_cross(tokens), steps)  # [N, S*HW, C]
-        tokens = tokens + _query_into_steps(self.attend_ann(query, ann_tokens), steps)
+        tokens = tokens + _query_into_steps(self.attend_ann.attend(query, context), steps)
         tokens = tokens + self.feed_forward(self.norm_feed_forward(tokens))
         tokens = self.proj_out(tokens) + features_tokens
         if self.pool > 1:
             tokens = upsample_tokens(tokens, height, width, self.pool)  # [S*N, pool^2 HW, C]
         fused = tokens.transpose(1, 2).unflatten(2, (self.pool * height, self.pool * width))  # [S*N, C, H, W]
         return fused.to(snn.dtype).unflatten(0, (steps, frames))
+
+
+class LeanFusion(nn.Module):
+    """Fuse one stage at a small part of the cost of `CrossAttentionFusion`, with the same interface.
+
+    The spiking features ask on the coarse grid of the last stage (`pool` x `pool` pixels a token); the ANN answers with
+    at most 7 x 7 tokens. There is no self-attention and no feed-forward layer, so the cost is linear in pixels. What
+    was found is upsampled and added to the features, which keep their full resolution.
+    """
+
+    def __init__(self, channels: int, ann_channels: int, pool: int):
+        super().__init__()
+        self.pool = pool
+        self.norm = LayerNorm(channels)
+        self.norm_ann = LayerNorm(ann_channels)
+        self.attend_ann = Attention(channels, ann_channels)
+        # The block starts as the identity: training decides how much of the other branch to let in.
+        nn.init.zeros_(self.attend_ann.to_out.weight)
+        nn.init.zeros_(self.attend_ann.to_out.bias)
+
+    def forward(self, snn: Tensor, ann: Tensor) -> Tensor:
+        return self.fuse(snn, self.context(ann))
+
+    def context(self, ann: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of the key frames: all that `fuse` needs of [N, C_ann, H, W]."""
+        patch = math.ceil(max(ann.shape[2:]) / LEAN_CONTEXT)
+        ann = F.avg_pool2d(ann, patch, ceil_mode=True, count_include_pad=False)
+        return self.attend_ann.keys_values(self.norm_ann(_to_tokens(ann)))
+
+    def fuse(self, snn: Tensor, context: tuple[Tensor, Tensor]) -> Tensor:
+        """[S, N, C, H, W] -> [S, N, C, H, W]. No time step sees another one."""
+        steps, frames = snn.shape[:2]
+        features = snn.flatten(0, 1)  # [S*N, C, H, W]
+        pooled = F.avg_pool2d(features, self.pool) if self.pool > 1 else features
+        query = _steps_into_query(self.norm(_to_tokens(pooled)), steps)  # [N, S*hw, C]
+        found = _query_into_steps(self.attend_ann.attend(query, context), steps)  # [S*N, hw, C]
+        if self.pool > 1:
+            found = upsample_tokens(found, *pooled.shape[2:], self.pool)
+        found = found.transpose(1, 2).unflatten(2, features.shape[2:])  # [S*N, C, H, W]
+        return (features + found.to(features.dtype)).unflatten(0, (steps, frames))
 
 
 def upsample_tokens(tokens: Tensor, height: int, width: int, factor: int) -> Tensor:

@@ -42,6 +42,10 @@ class Runtime:
         """Whether this is rank 0, which writes files and prints."""
         return self.rank == 0
 
+    @property
+    def precision_name(self) -> str:
+        return str(self.precision or torch.float32).removeprefix("torch.")
+
     def described(self) -> dict:
         """For config.json."""
         return {"device": device_name(self.device), "precision": str(self.precision), "processes": self.count}

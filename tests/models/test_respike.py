@@ -71,7 +71,7 @@ def test_variants_fuse_where_they_should():
 
 def test_a_fresh_network_does_not_fuse_yet():
     """proj_out starts at zero, so the block is the identity and cross equals concat."""
-    cross, concat = ReSpike(fusion="cross", downsample=False).eval(), ReSpike(fusion="concat").eval()
+    cross, lean, concat = ReSpike(fusion="cross", downsample=False).eval(), ReSpike(fusion="concat").eval()
     concat.load_state_dict(cross.state_dict(), strict=False)
     with torch.no_grad():
         torch.testing.assert_close(forward(cross), forward(concat))
@@ -176,7 +176,7 @@ def test_a_new_neuron_is_a_class_and_an_entry(monkeypatch, backend):
         ({"stride": 1}, "stride must be at least 2"),
         ({"backbone": "resnet9"}, "resnet18, resnet34"),
         ({"branches": "left"}, "both, ann, snn"),
-        ({"fusion": "sum"}, "cross, concat"),
+        ({"fusion": "sum"}, "cross, lean, concat"),
         ({"num_classes": 0}, "num_classes"),
         ({"snn_batch_norm": "x"}, "per-step, merged"),
         ({"neuron_type": "izhikevich"}, "neuron_type must be one of lif"),

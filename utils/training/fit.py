@@ -11,7 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from dataset.device_loader import DeviceLoader
-from utils.checkpoint import Checkpoint, CheckpointError, check_settings, load_checkpoint, save_checkpoint
+from utils.checkpoint import (
+    EARLIER_FLAGS,
+    EARLIER_SETTINGS,
+    Checkpoint,
+    CheckpointError,
+    check_settings,
+    load_checkpoint,
+    save_checkpoint,
+)
 from utils.device import peak_memory_bytes, random_state, set_random_state
 from utils.errors import OtherProcessError, UserError
 from utils.plots import key_residual_picture
@@ -24,11 +32,6 @@ from utils.training.flags import NOT_TRAINING_FLAGS
 from utils.training.metrics import NonFiniteLossError, StepLog
 
 NO_BEST_EPOCH = {"epoch": None, "video_top1": -1.0}
-# Checkpoints from before these were settings and flags were trained with them.
-_EARLIER_SETTINGS = {"neuron": "lif", "tau": 4 / 3, "surrogate": "atan", "alpha": 2.0}
-_EARLIER_FLAGS = {
-    **_EARLIER_SETTINGS, "momentum": 0.9, "sampling": "window", "crops": 1, "flip": None, "val_fraction": 0.0,
-}  # fmt: skip
 
 
 @dataclass
@@ -65,7 +68,8 @@ class TrainingState:
 
     def _write(self, path: Path, keep: int, scores: list[float]) -> None:
         state = {name: getattr(self, name).state_dict() for name in ("model", "optimizer", "scaler")}
-        state |= {"model_settings": self.settings, "flags": self.flags | {"processes": self.runtime.count}}
+        computed = {"processes": self.runtime.count, "precision": self.runtime.precision_name}
+        state |= {"model_settings": self.settings, "flags": self.flags | computed}
         state["optimizer_name"] = type(self.optimizer).__name__
         state |= {"clips": torch.from_numpy(self.clip_ids), "selection": self.evaluated_clips, "best": self.best}
         state["position"] = {"epoch": self.position.epoch, "clips": self.position.clips, "scores": scores}
@@ -83,7 +87,7 @@ class TrainingState:
             raise UserError(f"{path}: not a whole checkpoint of this network ({detail[:200]})") from error
 
     def _restore(self, path: Path, state: dict) -> None:
-        check_settings(path, _EARLIER_SETTINGS | state["model_settings"], self.settings)
+        check_settings(path, EARLIER_SETTINGS | state["model_settings"], self.settings)
         optimizer = type(self.optimizer).__name__
         check_settings(path, {"optimizer": state.get("optimizer_name", "SGD")}, {"optimizer": optimizer})
         epoch, clips, scores = (state["position"][name] for name in ("epoch", "clips", "scores"))
@@ -92,7 +96,7 @@ class TrainingState:
                 f"{path}: its position is clip {clips} of epoch {epoch}, with {len(state['clips'])} clips an epoch; "
                 "the file was changed, resume from another one"
             )
-        flags = _EARLIER_FLAGS | state["flags"]
+        flags = EARLIER_FLAGS | state["flags"]
         if clips > 0 and flags["seed"] != self.flags["seed"]:
             raise UserError(
                 f"{path}: stopped in mid-epoch with --seed {flags['seed']}, now {self.flags['seed']}; "

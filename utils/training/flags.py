@@ -14,7 +14,7 @@ import torch
 
 from dataset.device_loader import DeviceLoader
 from dataset.frame_sampling import SAMPLINGS
-from dataset.residual import check_stride
+from dataset.residual import RESIDUALS, check_stride
 from dataset.transforms import CROP_POSITIONS
 from models.batch_norm import BATCH_NORMS
 from models.kernels.parameters import LIFParameters
@@ -30,7 +30,7 @@ from utils.runtime import Runtime, join_run, local_processes
 
 # A continuation of a run may change these without a note: they do not change what is trained.
 NOT_TRAINING_FLAGS = {
-    "resume", "run_dir", "overwrite", "workers", "index_dir", "verify", "weights", "device", "data_root",
+    "resume", "run_dir", "overwrite", "workers", "index_dir", "verify", "weights", "init", "device", "data_root",
     "annotation_path", "train_list", "val_list", "train_root", "val_root", "checkpoint_minutes", "keep", "log_every",
     "test_only", "lif_backend", "pack_spikes", "deterministic",
 }  # fmt: skip
@@ -70,6 +70,8 @@ def add_shared_flags(parser: ArgumentParser) -> None:
     add = parser.add_argument_group("clips").add_argument
     add("-T", "--time", type=whole(1), metavar="N", help="frames a clip; a multiple of --stride")
     add("--stride", type=whole(1), metavar="N", help="frames a segment: one key frame, the others residual")
+    add("--residual", choices=RESIDUALS,
+        help="a residual frame is the frame minus its key frame, minus the previous frame, or the frame as it is")
     add("--sampling", choices=sorted(SAMPLINGS),
         help="segments: a frame of each of T equal parts of the video (TSN); window: T consecutive frames")
     add("--frame-stride", type=whole(1), metavar="N",
@@ -92,10 +94,15 @@ def add_shared_flags(parser: ArgumentParser) -> None:
     add("--model", choices=BACKBONES, help="backbone of the ANN branch")
     add("--weights", metavar="default|none|PATH",
         help="backbone weights: of torchvision for ImageNet (or the name of one of them), random, or a state dict")
+    add("--init", metavar="FILE",
+        help="start from the weights of another run: a checkpoint, a .safetensors file, or one of the published code; "
+        "the head is new if the classes differ")
+    add("--freeze", choices=("ann",), help="keep the ANN branch as it is: neither weights nor statistics change")
     add("--downsample", action=_YES_NO,
         help="fuse at all four stages, the first two at reduced size; else at stages 2 to 4 at full size")
     add("--branches", choices=BRANCHES, help="both branches, or one alone")
-    add("--fusion", choices=FUSIONS, help="cross-attention, or joined at the head only")
+    add("--fusion", choices=FUSIONS, 
+        help="cross-attention (published), a lean one at a small part of its cost, or joined at the head only")
     add("--snn-bn", choices=BATCH_NORMS, help="SNN batch norm: statistics of each time step, or of all together")
     add("--neuron", choices=sorted(NEURONS), help="type of the spiking neuron")
     add("--tau", type=number(1), metavar="STEPS", help="membrane time constant, in time steps")
@@ -179,6 +186,10 @@ def _check_together(args: argparse.Namespace) -> None:
         raise UserError(f"--start_epoch {args.start_epoch} leaves none of --epochs {args.epochs} to train")
     if args.resume and args.start_epoch:
         raise UserError("--start_epoch: a resumed run continues at its checkpoint's epoch; give one of the two")
+    if args.init is not None and args.resume not in (None, "auto"):
+        raise UserError("--init: a resumed run has its weights already; give --init or --resume PATH, not both")
+    if args.freeze is not None and args.branches == "snn":
+        raise UserError("--freeze ann: --branches snn has no ANN branch")
     if args.test_only and not args.resume:
         raise UserError("--test-only: which weights? Name a checkpoint with --resume PATH, or --resume auto")
     if args.run_dir is None and args.test_only and args.resume != "auto":
@@ -205,8 +216,7 @@ def begin_run(args: argparse.Namespace) -> tuple[Runtime, RunFolder, Checkpoint 
     runtime.in_all(runs_on_triton, args.lif_backend, torch.empty(0, device=runtime.device))  # refused if it cannot
     resuming = continues_run(args.resume, args.run_dir, args.test_only)
     run = runtime.from_main(RunFolder, Path(args.run_dir), resuming, args.overwrite)
-    precision = str(runtime.precision or torch.float32).removeprefix("torch.")
-    print(f"run folder: {run.path}; {device_name(runtime.device)}, {precision}")
+    print(f"run folder: {run.path}; {device_name(runtime.device)}, {runtime.precision_name}")
     print(f"an optimizer step: {runtime.count} x {args.accumulate} x {args.batch_size} clips (processes, batches, -b)")
     checkpoint = runtime.from_main(find_checkpoint, args.resume, run.path, needed=args.test_only)
     return runtime, run, checkpoint

@@ -1,0 +1,56 @@
+"""Fine-tuning: a network that starts from the weights of another run."""
+
+from pathlib import Path
+
+from torch import Tensor
+
+from models.published_weights import rename_published_state_dict
+from models.respike import ReSpike
+from utils.errors import UserError
+from utils.trained import SUFFIX, load_state_dict_only, load_trained
+
+_SHAPING = {"backbone": "model", "branches": "branches", "fusion": "fusion", "downsample": "downsample"}  # -> flag
+
+
+def initialise(model: ReSpike, settings: dict, path: Path) -> str:
+    """Fill `model` with the weights of another run. Returns a line that reports what was taken.
+
+    settings: of the network, as the checkpoints of this run will hold them.
+    path: a checkpoint, a .safetensors file, or a state dict that the published code saved.
+
+    The head stays as it is if the classes differ; the published code names no classes, so their number decides.
+    Raises UserError if the network there has another backbone or variant.
+    """
+    published = load_state_dict_only(path) if path.suffix != SUFFIX and path.is_file() else None
+    if published is not None:
+        about = "weights of the published code"
+        weights, same_classes = _from_published(model, published)
+    else:
+        trained = load_trained(path)
+        for name, flag in _SHAPING.items():
+            if trained.settings[name] != settings[name]:
+                raise UserError(
+                    f"{path}: its --{flag} is {trained.settings[name]}, this run has {settings[name]}", about="init"
+                )
+        changed = [
+            f"{name} {trained.settings.get(name)} there, {settings[name]} here" for name in settings
+            if name not in ("classes", "num_classes") and trained.settings.get(name) != settings[name]
+        ]  # fmt: skip
+        about = "; ".join([f"trained for {trained.epochs} epochs", *changed])
+        weights, same_classes = dict(trained.weights), trained.classes == settings["classes"]
+    if not same_classes:
+        weights |= {f"head.{name}": value for name, value in model.head.state_dict().items()}
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        detail = " ".join(str(error).split())[:200]
+        raise UserError(f"{path}: not the weights of this network ({detail})", about="init") from error
+    return f"network: starts from {path} ({about}){'' if same_classes else '; the head is new: other classes'}"
+
+
+def _from_published(model: ReSpike, state_dict: dict[str, Tensor]) -> tuple[dict[str, Tensor], bool]:
+    """(the weights under this project's names, whether they have a head of as many classes)"""
+    state_dict = {name.removeprefix("module."): value for name, value in state_dict.items()}
+    own_head = {f"fc.{name}": value for name, value in model.head.state_dict().items()}
+    same_classes = len(state_dict.get("fc.bias", ())) == model.head.out_features
+    return rename_published_state_dict(state_dict if same_classes else state_dict | own_head, model), same_classes
