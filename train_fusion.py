@@ -229,10 +229,10 @@ def load_data(
     if len(val):
         eval_loader, evaluated_clips = test_on(val)
     short = sum(count_short(videos, sampling) for videos in (train, val, test))
+    training = "" if args.test_only else f"training on {len(clips)} clips of {len(train)} videos; "
     print(
-        f"data: training on {len(clips)} clips of {len(train)} videos; "
-        f"{f'{len(val)} to validate, ' if len(val) else ''}{len(test)} to test, {args.views} views x {args.crops} "
-        f"crops each; {short} have fewer frames than a clip and repeat some"
+        f"data: {training}{f'{len(val)} to validate, ' if len(val) else ''}{len(test)} to test, "
+        f"{args.views} views x {args.crops} crops each; {short} have fewer frames than a clip and repeat some"
     )
     return Data(
         train_loader, ids, eval_loader, evaluated_clips, "val" if len(val) else "test", test_loader,

@@ -151,14 +151,19 @@ def parse(parser: ArgumentParser, defaults: dict) -> argparse.Namespace:
     both are checked alike. Raises UserError for the first that cannot work."""
     parser.set_defaults(**defaults)  # for --help
     first = [word for name, value in defaults.items() for word in _as_flag(name, value)]
-    args = parser.parse_args(first + sys.argv[1:])
+    args = of_this_machine(parser.parse_args(first + sys.argv[1:]))
+    _check_together(args)
+    return args
+
+
+def of_this_machine(args: argparse.Namespace) -> argparse.Namespace:
+    """The flags with what depends on the machine, if it was not given."""
     if args.workers is None:
         args.workers = min(8, max(1, cpu_count() // local_processes()))
     if args.index_dir is None:
         args.index_dir = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "respike")
     if args.device is None:
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    _check_together(args)
     return args
 
 
