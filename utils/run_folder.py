@@ -111,10 +111,10 @@ class RunFolder:
         """test.json: the test set's score of the selected epoch."""
         self._write("test.json", json.dumps(result, indent=2) + "\n")
 
-    def add_picture(self, name: str, picture: Tensor) -> None:
+    def add_picture(self, name: str, picture: Tensor, step: int = 0) -> None:
         """picture [3, H, W] in [0, 1], to TensorBoard."""
         with writing(self.path):
-            self._writer(self.path, self._first[0]).add_image(name, picture)
+            self._writer(self.path, self._first[0]).add_image(name, picture, step)
 
     def add_metrics(self, metrics: dict) -> None:
         """A line of metrics.jsonl, and the same numbers to TensorBoard at step `metrics["epoch"]`."""

@@ -22,7 +22,8 @@ from utils.checkpoint import (
 )
 from utils.device import peak_memory_bytes, random_state, set_random_state
 from utils.errors import OtherProcessError, UserError
-from utils.plots import key_residual_picture
+from utils.figures import as_image
+from utils.plots import attention_figure, firing_rate_figure, key_residual_picture, record
 from utils.run_folder import RunFolder
 from utils.runtime import Runtime
 from utils.signals import StopRequest
@@ -255,6 +256,7 @@ def fit(
             metrics = {"epoch": epoch, **trained, f"{evaluated_on}_loss": scored.pop("loss"), **scored, **rate}
             _end_epoch(state, run, metrics | {"evaluated_on": evaluated_on}, epochs)
             save()
+    runtime.from_main(_draw_network, state, eval_loader, run)
     return True
 
 
@@ -322,3 +324,21 @@ def _draw_clips(loader: DeviceLoader, run: RunFolder) -> None:
     if len(clips.labels):
         batch = loader.split(clips)
         run.add_picture("key_and_residual_frames", key_residual_picture(batch.key, batch.residual))
+
+
+def _draw_network(state: TrainingState, loader: DeviceLoader, run: RunFolder) -> None:
+    """Firing rates, and where the SNN looks, for a few clips at the end of a run."""
+    pictures = {}
+    try:
+        batch = loader.split(loader.first_clips(4))
+        with state.runtime.autocast():
+            recording = record(state.model, batch.key, batch.residual)
+        if recording.spikes:
+            pictures["firing_rates"] = as_image(firing_rate_figure(recording))
+        if recording.attention:
+            first_segments = range(0, len(recording.key), recording.key_frames)
+            pictures["attention"] = as_image(attention_figure(recording, first_segments))
+    except Exception as error:  # the run is done and saved: a picture must not end it
+        print(f"note: spikes and attention were not drawn ({type(error).__name__}: {error})")
+    for name, picture in pictures.items():
+        run.add_picture(name, picture, state.position.epoch)
