@@ -105,6 +105,7 @@ DEFAULTS = dict(
     checkpoint_minutes=15.0,  # between checkpoints in mid-epoch
     keep=2,  # newest checkpoints kept
     log_every=50,  # optimizer steps between lines of steps.jsonl
+    energy=True,  # at the end, count the spikes of the test clips and estimate the energy of a clip
 )
 
 
@@ -166,7 +167,10 @@ def main() -> int:
         checkpoint_minutes=args.checkpoint_minutes, keep=args.keep, log_every=args.log_every,
     )  # fmt: skip
     if finished:
-        conclude(state, data.eval_loader, data.test_loader, run, "val", data.protocol)
+        conclude(
+            state, data.eval_loader, data.test_loader, run, evaluated_on="val", protocol=data.protocol,
+            counts_energy=args.energy,
+        )  # fmt: skip
     run.close()
     return 0
 

@@ -120,6 +120,10 @@ class RunFolder:
         """A line of metrics.jsonl, and the same numbers to TensorBoard at step `metrics["epoch"]`."""
         self._add_line(self._metrics, metrics, self._writer(self.path, self._first[0]), metrics["epoch"])
 
+    def metrics(self) -> list[dict]:
+        """The lines of metrics.jsonl, one an epoch."""
+        return [json.loads(line) for line in self._metrics.read_text().splitlines()]
+
     def add_closing(self, values: dict) -> None:
         """The last line of metrics.jsonl, about the whole run. It has no "epoch", so a continued run removes it."""
         with writing(self._metrics), open(self._metrics, "a") as file:

@@ -32,7 +32,7 @@ from utils.runtime import Runtime, join_run, local_processes
 NOT_TRAINING_FLAGS = {
     "resume", "run_dir", "overwrite", "workers", "index_dir", "verify", "weights", "init", "device", "data_root",
     "annotation_path", "train_list", "val_list", "train_root", "val_root", "checkpoint_minutes", "keep", "log_every",
-    "test_only", "lif_backend", "pack_spikes", "deterministic",
+    "test_only", "energy", "lif_backend", "pack_spikes", "deterministic",
 }  # fmt: skip
 _YES_NO = argparse.BooleanOptionalAction
 
@@ -141,6 +141,8 @@ def add_shared_flags(parser: ArgumentParser) -> None:
     add("--keep", type=whole(1), metavar="N", help="newest checkpoints kept: last.pt, last-1.pt, ...")
     add("--log-every", type=whole(0), metavar="N",
         help="optimizer steps between lines of steps.jsonl (loss, learning rate, clips/s); 0: none")
+    add("--energy", action=_YES_NO,
+        help="at the end of the run, count the spikes of the test clips and estimate the energy of a clip")
     add("--test-only", action=_YES_NO, help="no training: test the checkpoint, write test.json")
     add("--overwrite", action=_YES_NO, help="replace the run that the folder holds")
     # fmt: on
