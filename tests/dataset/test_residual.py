@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from dataset.residual import IMAGENET_MEAN, IMAGENET_STD, check_stride, key_residual_split
+from dataset.residual import IMAGENET_MEAN, IMAGENET_STD, RESIDUALS, check_stride, key_residual_split
 from utils.errors import UserError
 
 
@@ -18,12 +18,23 @@ def test_split_of_a_float_clip(stride):
             assert torch.equal(residual[:, segment, step - 1], clip[:, segment * stride + step] - first)
 
 
-def test_uint8_is_normalised_per_channel():
+def test_residuals_to_the_previous_frame_or_to_none():
+    clip = torch.randn(2, 8, 3, 6, 10, dtype=torch.float64)
+    frames = clip.unflatten(1, (2, 4))
+    for minus, want in (("previous", frames[:, :, 1:] - frames[:, :, :-1]), ("none", frames[:, :, 1:])):
+        key, residual = key_residual_split(clip, 4, minus=minus)
+        assert torch.equal(key, frames[:, :, 0]) and torch.equal(residual, want)
+    with pytest.raises(UserError, match="minus must be one of key, previous, none, got 'last'"):
+        key_residual_split(clip, 4, minus="last")
+
+
+@pytest.mark.parametrize("minus", RESIDUALS)
+def test_uint8_is_normalised_per_channel(minus):
     clip = torch.randint(0, 256, (2, 4, 3, 5, 7), dtype=torch.uint8)
-    key, residual = key_residual_split(clip, 4)
+    key, residual = key_residual_split(clip, 4, minus=minus)
     mean, std = (torch.tensor(value, dtype=torch.float64)[:, None, None] for value in (IMAGENET_MEAN, IMAGENET_STD))
     normalised = (clip.double() / 255 - mean) / std
-    want_key, want_residual = key_residual_split(normalised, 4)
+    want_key, want_residual = key_residual_split(normalised, 4, minus=minus)
     torch.testing.assert_close(key, want_key.float(), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(residual, want_residual.float(), rtol=1e-5, atol=1e-6)
 

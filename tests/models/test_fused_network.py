@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dataset import residual_kernel
+from dataset import residual, residual_kernel
 from dataset.residual import key_residual_split
 from models import ReSpike
 from models.kernels.packing import pack_spikes, spike_conv2d, unpack_spikes
@@ -181,14 +181,14 @@ def test_packed_spikes_change_nothing_but_memory(precision):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("stride", [2, 4])
-def test_split_kernel_agrees_with_the_definition(stride, dtype):
-    from dataset import residual
-
+@pytest.mark.parametrize("minus", residual.RESIDUALS)
+def test_split_kernel_agrees_with_the_definition(minus, stride, dtype):
     frames = torch.randint(0, 256, (2, 3, stride, 19, 21, 3), dtype=torch.uint8)
     frames[0, 0, 1:] = frames[0, 0, :1]  # a static segment
-    want = residual._split(frames, torch.float32)
-    got = residual_kernel.split(frames.to(DEVICE), residual._SCALE, residual._SCALED_MEAN, dtype)
+    want = residual._split(frames, torch.float32, minus)
+    constants = residual._SCALE, residual._SCALED_MEAN
+    got = residual_kernel.split(frames.to(DEVICE), *constants, dtype, residual.RESIDUALS.index(minus))
     for g, w in zip(got, want, strict=True):
         assert g.dtype == dtype and g.shape == w.shape
         torch.testing.assert_close(g.cpu().float(), w, rtol=0 if dtype == torch.float32 else 8e-3, atol=2e-6)
-    assert not got[1][:, 0, 0].any()
+    assert minus == "none" or not got[1][:, 0, 0].any()
