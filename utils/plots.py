@@ -160,7 +160,7 @@ def firing_rate_figure(recording: Recording) -> Figure:
     steps = rates.shape[1]
     figure = new_figure(2.6 + 0.6 * steps, 5)
     axes = figure.subplots()
-    image = axes.imshow(rates, aspect="auto", cmap="cividis", vmin=0, vmax=rates.max())
+    image = axes.imshow(rates.numpy(), aspect="auto", cmap="cividis", vmin=0)
     axes.set(xlabel="time step of a segment", ylabel="LIF layer", title="Firing rate", xticks=range(steps))
     axes.set_xticklabels(range(1, steps + 1))
     axes.set_yticks(range(len(rates)), recording.spikes)
@@ -187,7 +187,9 @@ def raster_figure(recording: Recording, clip: int = 0) -> Figure:
     figure = new_figure(3 + 0.35 * segments * steps, 8)
     axes = figure.subplots()
     neuron, step = raster.nonzero(as_tuple=True)
-    axes.scatter(step, neuron, marker="_", s=130, linewidths=1.2, color=[colours[n] for n in neuron.tolist()])
+    axes.scatter(
+        step.numpy(), neuron.numpy(), marker="_", s=130, linewidths=1.2, color=[colours[n] for n in neuron.tolist()]
+    )
     names, heights = list(recording.spikes), [len(part) for part in rows]
     for layer_end in torch.tensor(heights).cumsum(0).tolist()[:-1]:
         axes.axhline(layer_end - 0.5, color="0.85", linewidth=0.6, zorder=0)
@@ -212,9 +214,9 @@ def attention_figure(recording: Recording, rows: Iterable[int] | None = None, ti
     """
     rows = list(range(len(recording.key)) if rows is None else rows)[:_ROWS_SHOWN]
     mean, deviation = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
-    key = (recording.key * deviation + mean).clamp(0, 1).movedim(1, -1)
+    key = (recording.key * deviation + mean).clamp(0, 1).movedim(1, -1).numpy()
     residual = recording.residual[rows]
-    residual = (0.5 + 0.5 * residual / residual.abs().amax().clamp(min=1e-6)).movedim(2, -1)
+    residual = (0.5 + 0.5 * residual / residual.abs().amax().clamp(min=1e-6)).movedim(2, -1).numpy()
     maps = {stage: looked_at[rows] for stage, looked_at in recording.attention_maps().items()}
     reach = max([0.01, *(float((looked_at - 1).abs().max()) for looked_at in maps.values())])  # one scale for all
     steps = residual.shape[1]
@@ -228,7 +230,7 @@ def attention_figure(recording: Recording, rows: Iterable[int] | None = None, ti
         for panel, looked_at in zip(line[1 + steps :], maps.values(), strict=True):
             whole = F.interpolate(looked_at[None, None, number], size=key.shape[1:3], mode="bilinear")[0, 0]
             panel.imshow(key[row].mean(-1), cmap="gray", vmin=0, vmax=1)
-            image = panel.imshow(whole, cmap="PuOr_r", vmin=1 - reach, vmax=1 + reach, alpha=0.7)
+            image = panel.imshow(whole.numpy(), cmap="PuOr_r", vmin=1 - reach, vmax=1 + reach, alpha=0.7)
     names = ["key frame", *(f"residual {n}" for n in range(1, steps + 1)), *(f"attention {s}" for s in maps)]
     for panel, name in zip(panels[0], names, strict=True):
         panel.set_title(name.replace(" stage", "\nstage "), fontsize=9)
@@ -256,7 +258,7 @@ def confusion_figure(matrix: Tensor, classes: Sequence[str]) -> Figure:
     axes = figure.subplots()
     share = 100 * counts / counts.sum(1, keepdim=True).clamp(min=1)
     # The root makes a confusion of a few percent visible.
-    image = axes.imshow(share, cmap="Blues", norm=PowerNorm(0.5, 0, 100), interpolation="nearest")
+    image = axes.imshow(share.numpy(), cmap="Blues", norm=PowerNorm(0.5, 0, 100), interpolation="nearest")
     hits, total = float(counts.trace()), float(counts.sum())
     axes.set(
         xlabel="predicted class", ylabel="true class",
@@ -302,11 +304,11 @@ def calibration_figure(confidence: Tensor, correct: Tensor, bins: int = _BINS) -
     middles = [100 * (n + 0.5) / bins for n in range(bins)]
     figure = new_figure(5, 5.5)
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-    above.bar(middles, accuracy.nan_to_num(), 92 / bins, color=_COLOURS[0], label="network")
+    above.bar(middles, accuracy.nan_to_num().tolist(), 92 / bins, color=_COLOURS[0], label="network")
     above.plot([0, 100], [0, 100], color="0.3", linestyle="--", label="perfect calibration")
     above.set(ylabel="accuracy (%)", ylim=(0, 100), title=f"Calibration error (ECE) {error:.1f} %")
     above.legend(loc="upper left")
-    below.bar(middles, share, 92 / bins, color="0.6")
+    below.bar(middles, share.tolist(), 92 / bins, color="0.6")
     below.set(xlabel="confidence (%)", ylabel="predictions (%)", xlim=(0, 100))
     return figure
 
@@ -437,7 +439,7 @@ def energy_figure(runs: dict[str, dict]) -> Figure:
     figure.legend(fontsize=8, loc="outside right upper")
     if unknown:
         unknown = dict(sorted(unknown.items(), key=lambda item: item[1]))
-        below.scatter(list(unknown.values()), range(len(unknown)), marker="|", s=60, color="0.2")
+        below.scatter(list(unknown.values()), range(len(unknown)), marker="o", s=16, color="0.2", zorder=3)
         below.set_yticks(range(len(unknown)), [name for name, _ in unknown], fontsize=8)
         below.set(ylim=(-0.7, len(unknown) - 0.3), title="Baselines of unknown accuracy")
         below.title.set_fontsize(9)
