@@ -5,6 +5,13 @@
 What stands behind `--` goes to the training script of every run. A run is a variant with a seed; it has a folder of its
 own in --out. The same command goes on if the sweep was stopped or killed. The end is a table, as table.md and
 table.csv in --out: video top-1, energy a clip (evaluate.py --energy) and training time, mean and deviation over seeds.
+
+On the generated demo videos, two epochs of small frames cost about 4 minutes of one CPU core a run:
+
+    python -m benchmarks.ablations --only base ann snn lean concat stride2 previous none --jobs 2 -- --dset demo \\
+        --weights none -T 8 --size 32 -b 16 -lr 0.05 --clip-norm 1 --epochs 2 -j 0 --keep 1
+
+A run of two epochs has not converged: it tells apart what can learn the motion from what cannot, and little more.
 """
 
 import argparse
