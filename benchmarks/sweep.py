@@ -131,6 +131,7 @@ def run_all(runs: Sequence[Run], jobs: int, report: Callable[[], None]) -> int:
                 elif left is not None:
                     waiting.insert(0, run)
                 else:
+                    print(f"{run.name}: {run.top1():.1f} %, {run.seconds():.0f} s of training", flush=True)
                     report()
             if stop.requested():
                 break

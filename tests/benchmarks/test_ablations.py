@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import ablations, sweep
-from tests.helpers.script import ROOT, said, start_python, wait_until
+from tests.helpers.script import ROOT, children, said, start_python, wait_until
 from utils.script import run_script
 
 # Accuracy and time are made of the flags; "snn" with seed 2 fails as long as a file is there.
@@ -101,7 +101,7 @@ def test_a_failed_run_is_named_and_only_that_one_runs_again(sweeping, tmp_path):
 
     (out / "broken").unlink()
     status, printed, _ = sweeping(only=("snn", "base"))
-    assert status == 0 and "3 of 4 runs are finished\nsnn-2: trains\n" in printed
+    assert status == 0 and "3 of 4 runs are finished\nsnn-2: trains\nsnn-2: 74.0 %, 6 s" in printed
     assert (out / "snn-2.log").read_text().split("starts at")[1:] == [" 0\nerror: no loss\n", " 1\n"]
     assert all(file.read_text() == "starts at 0\n" for file in out.glob("*.log") if file.name != "snn-2.log")
 
@@ -150,6 +150,8 @@ def test_ctrl_c_lets_the_trainings_save(tmp_path, number):
     flags = ["--out", str(out), "--script", str(tmp_path / "train.py"), "--only", "base", "--seeds", "1", "2", "3"]
     process = start_python(["-m", "benchmarks.ablations", *flags, "--jobs", "2", "--", "--sleep", "30"])
     wait_until(lambda: all((out / f"base-{seed}/running").exists() for seed in (1, 2)), process)
+    # A terminal's Ctrl-C reaches its whole process group: the second SIGINT of a training would end it unsaved.
+    assert os.getpgid(process.pid) not in map(os.getpgid, children(process.pid))
     os.kill(process.pid, number)
     printed = said(process)
     assert process.returncode == 130 and "stopped; the same command goes on" in printed

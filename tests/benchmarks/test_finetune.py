@@ -22,7 +22,8 @@ bonus = 20 if "--init" in value else 0
 if bonus and not Path(value["--init"]).exists():
     sys.exit("error: --init no such file")
 (run / "config.json").write_text(json.dumps({"command": [Path(sys.argv[0]).name, *flags], "flags": {"epochs": epochs}}))
-lines = [{"video_top1": 10 * e + bonus + int(value["--seed"])} for e in range(epochs)]
+time = {"train_clips": 6, "clips_per_second": 2}
+lines = [{"video_top1": 10 * e + bonus + int(value["--seed"]), **time} for e in range(epochs)]
 (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\\n" for line in lines))
 (run / "last.pt").touch()
 """
@@ -66,7 +67,7 @@ def test_the_table_compares_equal_epochs(demo, monkeypatch, capsys):
 def test_nothing_starts_from_a_failed_pre_training(demo, monkeypatch, capsys):
     script = demo.parent / "train_kinetics.py"
     broken = "if run.name == 'pretrained-3':\n    (run / 'last.pt').touch()\n    sys.exit('error: broken')\n"
-    script.write_text(FAKE.replace("lines =", f"{broken}lines ="))
+    script.write_text(FAKE.replace("time =", f"{broken}time ="))
     status, printed = run(demo, monkeypatch, capsys)
     assert status == 1
     assert "pretrained-3: ended with status 1: error: broken" in printed
