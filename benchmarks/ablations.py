@@ -16,6 +16,7 @@ A run of two epochs has not converged: it tells apart what can learn the motion 
 
 import argparse
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.sweep import ROOT, Run, mean_deviation, run_all, write_tables
@@ -54,42 +55,43 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> int:
     args = parse_args()
-    out = Path(args.out)
+    out, flags = Path(args.out), (*shlex.split(BASE), *args.flags)
     runs = {
         (name, seed): Run(
             out / f"{name}-{seed}", ROOT / args.script,
-            (*shlex.split(BASE), *args.flags, *shlex.split(VARIANTS[name]), "--seed", str(seed)),
+            (*flags, *shlex.split(VARIANTS[name]), "--seed", str(seed)),
         )
         for seed in args.seeds  # a whole table for the first seed, before the second begins
         for name in args.only
     }  # fmt: skip
 
     def table() -> str:
-        return write_table(out, {name: [runs[name, seed] for seed in args.seeds] for name in args.only})
+        return write_table(out, flags, {name: [runs[name, seed] for seed in args.seeds] for name in args.only})
 
     status = run_all(list(runs.values()), args.jobs, table)
     print(table())
     return status
 
 
-def write_table(out: Path, variants: dict[str, list[Run]]) -> str:
+def write_table(out: Path, flags: Sequence[str], variants: dict[str, list[Run]]) -> str:
     """The table of the runs that are finished."""
     figures = {"video_top1": Run.top1, "energy_mj": Run.energy_mj, "seconds": Run.seconds}
-    markdown = [["variant", "flags", "seeds", "video top-1, %", "energy a clip, mJ", "training, s"]]
-    table = [["variant", "flags", "seeds", *(f"{name}_{part}" for name in figures for part in ("mean", "deviation"))]]
+    markdown = [["variant", "changed", "seeds", "video top-1, %", "energy a clip, mJ", "training, s"]]
+    table = [["variant", "changed", "seeds", *(f"{name}_{part}" for name in figures for part in ("mean", "deviation"))]]
     for name, runs in variants.items():
         finished = [run for run in runs if run.finished()]
         pairs = [
             mean_deviation([figure(run) for run in finished], 3 if name == "energy_mj" else 1)
             for name, figure in figures.items()
         ]
-        flags = VARIANTS[name]
         markdown.append([
-            name, f"`{flags or BASE}`", str(len(finished)),
+            name, f"`{VARIANTS[name]}`" if VARIANTS[name] else "", str(len(finished)),
             *(mean if deviation == "-" else f"{mean} ± {deviation}" for mean, deviation in pairs),
         ])  # fmt: skip
-        table.append([name, flags, len(finished), *("" if text == "-" else text for pair in pairs for text in pair)])
-    return write_tables(out, markdown, table)
+        table.append(
+            [name, VARIANTS[name], len(finished), *("" if text == "-" else text for pair in pairs for text in pair)]
+        )
+    return write_tables(out, flags, markdown, table)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ after each epoch, mean and deviation over seeds.
 import argparse
 import itertools
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.sweep import ROOT, Run, mean_deviation, run_all, write_tables
@@ -57,7 +58,7 @@ def main() -> int:
     runs = {kind: [run(kind, seed) for seed in args.seeds] for kind in EPOCHS}
 
     def table() -> str:
-        return write_table(out, runs)
+        return write_table(out, (*shlex.split(BASE), *args.flags), runs)
 
     status = run_all([*runs["pretrained"], *runs["scratch"]], args.jobs, table)
     if status != 130:
@@ -84,7 +85,7 @@ def write_lists(demo: Path, folder: Path, classes: tuple[str, ...]) -> list[str]
     ]  # fmt: skip
 
 
-def write_table(out: Path, runs: dict[str, list[Run]]) -> str:
+def write_table(out: Path, flags: Sequence[str], runs: dict[str, list[Run]]) -> str:
     """Video top-1 after each epoch, of the runs that are finished."""
     most = max(EPOCHS.values())
     markdown = [["run", "motions", "seeds", *(f"after epoch {number}" for number in range(1, most + 1))]]
@@ -99,7 +100,7 @@ def write_table(out: Path, runs: dict[str, list[Run]]) -> str:
             if values:
                 table.append([*row[:3], epoch + 1, mean, "" if deviation == "-" else deviation])
         markdown.append(row)
-    return write_tables(out, markdown, table)
+    return write_tables(out, flags, markdown, table)
 
 
 if __name__ == "__main__":

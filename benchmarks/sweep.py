@@ -6,6 +6,7 @@ A sweep that was stopped or killed goes on with the same command. Finished runs 
 import csv
 import json
 import os
+import shlex
 import statistics
 import subprocess
 import sys
@@ -173,11 +174,12 @@ def mean_deviation(values: Sequence[float | None], digits: int = 1) -> tuple[str
     )
 
 
-def write_tables(folder: Path, markdown: list[list[str]], table: list[list]) -> str:
-    """table.md and table.csv in `folder`. The first row of each is its header. Returns the Markdown."""
+def write_tables(folder: Path, flags: Sequence[str], markdown: list[list[str]], table: list[list]) -> str:
+    """table.md, below the flags of every run, and table.csv in `folder`. The first row of each is its header. Returns
+    the Markdown."""
     lines = [f"| {' | '.join(row)} |" for row in markdown]
     lines.insert(1, "|---" * len(markdown[0]) + "|")
-    text = "".join(f"{line}\n" for line in lines)
+    text = f"Every run: `{shlex.join(flags)}`\n\n" + "".join(f"{line}\n" for line in lines)
     with writing(folder):
         write_atomically(folder / "table.md", text.encode())
         with open(folder / "table.csv", "w", newline="") as file:

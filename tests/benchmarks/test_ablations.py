@@ -83,6 +83,7 @@ def test_the_table_has_mean_and_deviation(sweeping, tmp_path):
     expected = {"seeds": "2", "video_top1_mean": "93.0", "video_top1_deviation": "1.4", "seconds_mean": "9.0",
                 "seconds_deviation": "4.2", "energy_mj_mean": "", "energy_mj_deviation": ""}  # fmt: skip
     assert expected.items() <= found["base"].items() and found["snn"]["video_top1_mean"] == "73.0"
+    assert printed.count(f"Every run: `{ablations.BASE} --dset demo`\n") == 1
     line = "| snn | `--branches snn` | 2 | 73.0 ± 1.4 | - | 9.0 ± 4.2 |"
     assert line in printed and line in (tmp_path / "out/table.md").read_text()
     config = json.loads((tmp_path / "out/snn-2/config.json").read_text())
