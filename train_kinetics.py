@@ -105,6 +105,7 @@ DEFAULTS = dict(
     checkpoint_minutes=15.0,  # between checkpoints in mid-epoch
     keep=2,  # newest checkpoints kept
     log_every=50,  # optimizer steps between lines of steps.jsonl
+    energy=True,  # at the end, count the spikes of the test clips and estimate the energy of a clip
 )
 
 
@@ -166,7 +167,10 @@ def main() -> int:
         checkpoint_minutes=args.checkpoint_minutes, keep=args.keep, log_every=args.log_every,
     )  # fmt: skip
     if finished:
-        conclude(state, data.eval_loader, data.test_loader, run, "val", data.protocol)
+        conclude(
+            state, data.eval_loader, data.test_loader, run, evaluated_on="val", protocol=data.protocol,
+            counts_energy=args.energy,
+        )  # fmt: skip
     run.close()
     return 0
 
@@ -232,10 +236,10 @@ def load_data(
     if len(val):
         eval_loader, evaluated_clips = test_on(val)
     short = sum(count_short(videos, sampling) for videos in (train, val, test))
+    training = "" if args.test_only else f"training on {len(clips)} videos; "
     print(
-        f"data: training on {len(clips)} videos; "
-        f"{f'{len(val)} to validate, ' if len(val) else ''}{len(test)} to test, {args.views} views x {args.crops} "
-        f"crops each; {short} have fewer frames than a clip and repeat some"
+        f"data: {training}{f'{len(val)} to validate, ' if len(val) else ''}{len(test)} to test, "
+        f"{args.views} views x {args.crops} crops each; {short} have fewer frames than a clip and repeat some"
     )
     return Data(
         train_loader, ids, eval_loader, evaluated_clips, test_loader,

@@ -65,7 +65,7 @@ def flags(tiny_demo, tmp_path):
         "--dset": "hmdb51", "--data-root": str(data_root), "--annotation-path": str(annotation_path),
         "--weights": "none", "--branches": "snn", "-T": "4", "--stride": "2", "--size": "32", "-b": "5", "-j": "0",
         "--epochs": "2", "-lr": "0.002", "--index-dir": str(tmp_path / "index"), "--run-dir": str(tmp_path / "run"),
-        "--seed": "3",
+        "--seed": "3", "--no-energy": None,
     }  # fmt: skip
 
 

@@ -88,13 +88,7 @@ class RunFolder:
 
     def write_config(self, flags: dict, **more) -> None:
         """config.json: every flag, the versions it ran with and the commit it ran from."""
-        config = {
-            "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
-            "flags": flags,
-            **more,
-            "versions": {"python": platform.python_version(), **{package: _version(package) for package in _PACKAGES}},
-            "git_commit": _git_commit(),
-        }
+        config = {"command": [Path(sys.argv[0]).name, *sys.argv[1:]], "flags": flags, **more, **described_code()}
         self._write("config.json", json.dumps(config, indent=2, default=str) + "\n")
 
     def write_list(self, name: str, lines: Sequence[str]) -> Path:
@@ -117,14 +111,23 @@ class RunFolder:
         """test.json: the test set's score of the selected epoch."""
         self._write("test.json", json.dumps(result, indent=2) + "\n")
 
-    def add_picture(self, name: str, picture: Tensor) -> None:
+    def add_picture(self, name: str, picture: Tensor, step: int = 0) -> None:
         """picture [3, H, W] in [0, 1], to TensorBoard."""
         with writing(self.path):
-            self._writer(self.path, self._first[0]).add_image(name, picture)
+            self._writer(self.path, self._first[0]).add_image(name, picture, step)
 
     def add_metrics(self, metrics: dict) -> None:
         """A line of metrics.jsonl, and the same numbers to TensorBoard at step `metrics["epoch"]`."""
         self._add_line(self._metrics, metrics, self._writer(self.path, self._first[0]), metrics["epoch"])
+
+    def metrics(self) -> list[dict]:
+        """The lines of metrics.jsonl, one an epoch."""
+        return [json.loads(line) for line in self._metrics.read_text().splitlines()]
+
+    def add_closing(self, values: dict) -> None:
+        """The last line of metrics.jsonl, about the whole run. It has no "epoch", so a continued run removes it."""
+        with writing(self._metrics), open(self._metrics, "a") as file:
+            file.write(json.dumps(values, default=float) + "\n")
 
     def add_step(self, values: dict, clips_per_epoch: int) -> None:
         """A line of steps.jsonl, and the same numbers to TensorBoard (steps/) at the clips trained on so far.
@@ -206,6 +209,12 @@ def _position_of(line: str) -> tuple[float, float]:
         return values["epoch"], values.get("clips", 0)
     except (ValueError, KeyError):  # a line cut off when the run was killed
         return float("inf"), 0
+
+
+def described_code() -> dict:
+    """The versions that this process runs with, and the commit of this project."""
+    versions = {"python": platform.python_version(), **{package: _version(package) for package in _PACKAGES}}
+    return {"versions": versions, "git_commit": _git_commit()}
 
 
 def _version(package: str) -> str | None:

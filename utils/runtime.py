@@ -48,7 +48,7 @@ class Runtime:
 
     def described(self) -> dict:
         """For config.json."""
-        return {"device": device_name(self.device), "precision": str(self.precision), "processes": self.count}
+        return {"device": device_name(self.device), "precision": self.precision_name, "processes": self.count}
 
     def autocast(self) -> contextlib.AbstractContextManager:
         return torch.autocast(self.device.type, dtype=self.precision, enabled=self.precision is not None)

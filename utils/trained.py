@@ -63,11 +63,12 @@ class TrainedNetwork:
 
 def load_trained(path: Path) -> TrainedNetwork:
     """Read a checkpoint of either training script or a .safetensors file that `export` wrote. No code in it is run.
+    A run folder stands for its best.pt.
 
     Raises UserError if it is absent, damaged or something else.
     """
     if path.is_dir():
-        raise UserError(f"{path}: expected a checkpoint, found a folder; a run folder has best.pt and last.pt")
+        path = path / "best.pt"
     if path.suffix == SUFFIX:
         trained = _load_exported(path)
     else:

@@ -41,6 +41,11 @@ def refused(monkeypatch, capfd, flags: dict, message: str, script=train_fusion) 
 
 
 def metrics(run: Path) -> list[dict]:
+    """The lines of metrics.jsonl about epochs."""
+    return [line for line in all_metrics(run) if "epoch" in line]
+
+
+def all_metrics(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 

@@ -69,12 +69,14 @@ def test_variants_fuse_where_they_should():
     assert [block.pool for block in ReSpike(downsample=True).fusions] == [4, 2, 1, 1]
 
 
-def test_a_fresh_network_does_not_fuse_yet():
-    """proj_out starts at zero, so the block is the identity and cross equals concat."""
-    cross, lean, concat = ReSpike(fusion="cross", downsample=False).eval(), ReSpike(fusion="concat").eval()
-    concat.load_state_dict(cross.state_dict(), strict=False)
+@pytest.mark.parametrize("downsample", [True, False])
+@pytest.mark.parametrize("fusion", ["cross", "lean"])
+def test_a_fresh_network_does_not_fuse_yet(fusion, downsample):
+    """The last layer starts at zero, so the block is the identity and equals concat."""
+    fused, concat = ReSpike(fusion=fusion, downsample=downsample).eval(), ReSpike(fusion="concat").eval()
+    concat.load_state_dict(fused.state_dict(), strict=False)
     with torch.no_grad():
-        torch.testing.assert_close(forward(cross), forward(concat))
+        torch.testing.assert_close(forward(fused), forward(concat))
 
 
 def test_channels_last_does_not_change_the_numbers():

@@ -46,7 +46,7 @@ def test_prepare_train_test(monkeypatch, capfd, clips, splits, tmp_path, dset):
     assert status == 0, err
     lists = 2 if dset == "kinetics400" else 1
     assert printed.count("are on disk with another extension than listed") == lists, printed
-    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 1
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 2  # an epoch, the run
     status, _, err = run_here(monkeypatch, capfd, {**run, "--resume": "auto", "--test-only": None}, script)
     assert status == 0, err
     assert json.loads((tmp_path / "run" / "test.json").read_text())["counts"]["videos"] in (1, 2, 3)

@@ -39,13 +39,14 @@ def test_a_run_and_its_folder(monkeypatch, capfd, flags):
     )
 
 
-def test_tensorboard_holds_metrics_and_a_picture(monkeypatch, capfd, flags):
+def test_tensorboard_holds_metrics_and_pictures(monkeypatch, capfd, flags):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    assert run_here(monkeypatch, capfd, flags)[0] == 0
+    assert run_here(monkeypatch, capfd, flags | {"--branches": "both"})[0] == 0
     events = EventAccumulator(flags["--run-dir"])
     events.Reload()
-    assert events.Tags()["images"] == ["key_and_residual_frames"]
+    assert events.Tags()["images"] == ["key_and_residual_frames", "firing_rates", "attention"]
+    assert [event.step for event in events.Images("attention")] == [2]  # epochs
     assert [event.value for event in events.Scalars("video_top1")] == [
         pytest.approx(line["video_top1"]) for line in metrics(Path(flags["--run-dir"]))
     ]

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from utils.files import writing
+from utils.figures import new_figure, save_figure
 
 
 def save_curves(file: Path, history: list[dict], title: str) -> None:
@@ -11,12 +11,7 @@ def save_curves(file: Path, history: list[dict], title: str) -> None:
     history: one dict an epoch, with "train_last_step", "test_last_step", "test_video" and "test_per_step".
     Raises UserError if the file cannot be written.
     """
-    # Imported here because the import takes a second. A figure without pyplot needs no display.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(10, 4)
     by_epoch, by_step = figure.subplots(1, 2)
     epochs = [line["epoch"] + 1 for line in history]
     labels = {
@@ -31,5 +26,4 @@ def save_curves(file: Path, history: list[dict], title: str) -> None:
     steps = history[-1]["test_per_step"]
     by_step.plot(range(1, len(steps) + 1), steps, marker=".")
     by_step.set(xlabel="time step", ylabel="test accuracy (%)", ylim=(0, 102), title=f"after {epochs[-1]} epochs")
-    with writing(file):
-        figure.savefig(file, dpi=120)
+    save_figure(file, figure)

@@ -111,6 +111,7 @@ def evaluate(
     runtime: Runtime = ALONE,
     *,
     task: str = "test",
+    videos: VideoScores | None = None,
     unreadable: UnreadableVideos | None = None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> dict | None:
@@ -119,6 +120,7 @@ def evaluate(
 
     model: not the replicated one; it has the same weights in every rank.
     loader: over a `dataset.batch_sampler.EvalBatchSampler`.
+    videos: takes the probabilities of this rank's videos; None keeps them here.
 
     Each scalar reaches metrics.jsonl and TensorBoard under its name. Raises UserError if any rank cannot continue.
     """
@@ -126,7 +128,7 @@ def evaluate(
     runtime.share_buffers(model)
     criterion = nn.CrossEntropyLoss()
     clips = ClipScores(runtime.device)
-    videos = VideoScores(len(loader.videos), runtime.device)
+    videos = videos or VideoScores(len(loader.videos), runtime.device)
     feed = Feed(loader, runtime, unreadable or UnreadableVideos())
     # One autocast context for the whole pass: the weights are cast once, not for every batch.
     with (

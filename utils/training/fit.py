@@ -1,5 +1,6 @@
 """A whole training run: epochs, the best epoch, metrics, checkpoints, and leaving when asked to."""
 
+import contextlib
 import math
 import time
 from collections.abc import Callable
@@ -21,8 +22,10 @@ from utils.checkpoint import (
     save_checkpoint,
 )
 from utils.device import peak_memory_bytes, random_state, set_random_state
+from utils.energy import SpikeMeter, count_operations, energy_report, spike_statistics
 from utils.errors import OtherProcessError, UserError
-from utils.plots import key_residual_picture
+from utils.figures import as_image
+from utils.plots import attention_figure, firing_rate_figure, key_residual_picture, record
 from utils.run_folder import RunFolder
 from utils.runtime import Runtime
 from utils.signals import StopRequest
@@ -53,10 +56,16 @@ class TrainingState:
     position: TrainPosition
     best: dict = field(default_factory=lambda: dict(NO_BEST_EPOCH))
     restored_from: Path | None = None
+    earlier_seconds: float = 0.0  # that the run took before this start
 
     def __post_init__(self):
+        self._started = time.monotonic()
         for group in self.optimizer.param_groups:
             group.setdefault("initial_lr", group["lr"])  # its peak, as torch.optim.lr_scheduler names it
+
+    def seconds(self) -> float:
+        """That the run has taken. What was lost when a start was killed does not count."""
+        return self.earlier_seconds + time.monotonic() - self._started
 
     def save(self, path: Path, keep: int = 1) -> None:
         """Write all of it and the random state to `path`, atomically. All ranks call it. Raises UserError."""
@@ -73,7 +82,7 @@ class TrainingState:
         state["optimizer_name"] = type(self.optimizer).__name__
         state |= {"clips": torch.from_numpy(self.clip_ids), "selection": self.evaluated_clips, "best": self.best}
         state["position"] = {"epoch": self.position.epoch, "clips": self.position.clips, "scores": scores}
-        save_checkpoint(path, state | {"random": random_state()}, keep)
+        save_checkpoint(path, state | {"random": random_state(), "seconds": self.seconds()}, keep)
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Become what the checkpoint holds, and print which flags differ. Raises UserError if it does not fit."""
@@ -106,6 +115,7 @@ class TrainingState:
             if value.is_floating_point() and not value.isfinite().all():
                 raise UserError(f"{path}: its weights {name} are not all finite; resume from an earlier checkpoint")
         self.restored_from = path
+        self.earlier_seconds = state.get("seconds", 0.0)
         sums = None
         if scores and self.runtime.is_main:
             sums = torch.tensor(scores, dtype=torch.float64, device=self.runtime.device).reshape(4)
@@ -140,26 +150,32 @@ def cosine_with_warmup(epoch: int, epochs: int, warmup_epochs: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
-def score(state: TrainingState, loader: DeviceLoader, run: RunFolder, epochs: int, protocol: dict) -> None:
-    """Test the network after `epochs` epochs; the result is printed and written to test.json with its protocol."""
-    with StopRequest() as stop:
+def score(
+    state: TrainingState, loader: DeviceLoader, run: RunFolder, epochs: int, protocol: dict,
+    meter: SpikeMeter | None = None,
+) -> dict | None:  # fmt: skip
+    """Test the network after `epochs` epochs; the result is printed and written to test.json with its protocol. None
+    if a signal cut the test short. meter: counts the spikes of the clips."""
+    with StopRequest() as stop, meter or contextlib.nullcontext():
         scored = evaluate(state.model, loader, state.runtime, should_stop=stop.requested)
     if scored is None:
         print(f"stopped by {stop.name or 'a signal to another process'} in the test; --resume auto tests again")
-        return
+        return None
     state.runtime.from_main(run.write_result, {"after_epochs": epochs, **protocol, **scored})
     counts = scored["counts"]
     print(
         f"test after {epochs} epochs: clip top-1 {scored['clip_top1']:.2f} %, video top-1 {scored['video_top1']:.2f} % "
         f"({counts['video_top1']} of {counts['videos']}), top-5 {scored['video_top5']:.2f} %"
     )
+    return scored
 
 
 def conclude(
-    state: TrainingState, eval_loader: DeviceLoader, test_loader: DeviceLoader, run: RunFolder, evaluated_on: str,
-    protocol: dict,
+    state: TrainingState, eval_loader: DeviceLoader, test_loader: DeviceLoader, run: RunFolder, *, evaluated_on: str,
+    protocol: dict, counts_energy: bool,
 ) -> None:  # fmt: skip
-    """Report the best epoch. If it was chosen on validation videos, not on those of the test, it is tested now."""
+    """Report the best epoch and what the run took. The network of the best epoch is tested if it was chosen on
+    validation videos, not on those of the test, or for its energy (`counts_energy`)."""
     if state.best["epoch"] is None:
         print(f"no epoch was left to train: the checkpoint is at epoch {state.position.epoch}")
         return
@@ -170,10 +186,38 @@ def conclude(
             f"{protocol['views']} x {protocol['crops']} clips a video: selected on the {evaluated_on} set "
             "itself, so optimistic; --val-fraction selects without it"
         )
-        return
-    print(f"best epoch, selected on validation videos: {epochs}")
-    state.model.load_state_dict(state.runtime.from_main(load_checkpoint, run.best)["model"])
-    score(state, test_loader, run, epochs, protocol)
+    else:
+        print(f"best epoch, selected on validation videos: {epochs}")
+    closing = {"best_epoch": state.best["epoch"], **state.best, **state.runtime.from_main(_cost, state, run)}
+    if eval_loader is not test_loader or counts_energy:
+        state.model.load_state_dict(state.runtime.from_main(load_checkpoint, run.best)["model"])
+        meter = SpikeMeter(state.model) if counts_energy else None
+        scored = score(state, test_loader, run, epochs, {"selected_on": evaluated_on, **protocol}, meter)
+        if scored is None:
+            return
+        closing["video_top1"] = scored["video_top1"]
+        if meter is not None:
+            spikes = spike_statistics(state.runtime.sum(meter.sums()), meter.layers)
+            clip = (protocol["frames"], protocol["size"])
+            closing["energy"] = energy_report(count_operations(state.model, *clip), spikes)
+    del closing["epoch"]
+    state.runtime.from_main(run.add_closing, closing)
+    energy = f", {closing['energy']['total_mj']:.2f} mJ a clip by estimate" if "energy" in closing else ""
+    print(
+        f"run: {closing['device_hours']:.2f} device-hours, {closing['clips_per_second']:.1f} training clips/s, "
+        f"{closing['peak_memory_bytes'] / 2**30:.2f} GiB at most{energy}"
+    )
+
+
+def _cost(state: TrainingState, run: RunFolder) -> dict:
+    """What the whole run took, from its first start on."""
+    epochs = run.metrics()
+    seconds = sum(epoch["train_clips"] / epoch["clips_per_second"] for epoch in epochs)
+    return {
+        "device_hours": state.seconds() * state.runtime.count / 3600,
+        "clips_per_second": sum(epoch["train_clips"] for epoch in epochs) / seconds,
+        "peak_memory_bytes": max(epoch["peak_memory_bytes"] for epoch in epochs),
+    }
 
 
 def fit(
@@ -255,6 +299,7 @@ def fit(
             metrics = {"epoch": epoch, **trained, f"{evaluated_on}_loss": scored.pop("loss"), **scored, **rate}
             _end_epoch(state, run, metrics | {"evaluated_on": evaluated_on}, epochs)
             save()
+    runtime.from_main(_draw_network, state, eval_loader, run)
     return True
 
 
@@ -322,3 +367,21 @@ def _draw_clips(loader: DeviceLoader, run: RunFolder) -> None:
     if len(clips.labels):
         batch = loader.split(clips)
         run.add_picture("key_and_residual_frames", key_residual_picture(batch.key, batch.residual))
+
+
+def _draw_network(state: TrainingState, loader: DeviceLoader, run: RunFolder) -> None:
+    """Firing rates, and where the SNN looks, for a few clips at the end of a run."""
+    pictures = {}
+    try:
+        batch = loader.split(loader.first_clips(4))
+        with state.runtime.autocast():
+            recording = record(state.model, batch.key, batch.residual)
+        if recording.spikes:
+            pictures["firing_rates"] = as_image(firing_rate_figure(recording))
+        if recording.attention:
+            first_segments = range(0, len(recording.key), recording.key_frames)
+            pictures["attention"] = as_image(attention_figure(recording, first_segments))
+    except Exception as error:  # the run is done and saved: a picture must not end it
+        print(f"note: spikes and attention were not drawn ({type(error).__name__}: {error})")
+    for name, picture in pictures.items():
+        run.add_picture(name, picture, state.position.epoch)

@@ -32,7 +32,7 @@ from utils.runtime import Runtime, join_run, local_processes
 NOT_TRAINING_FLAGS = {
     "resume", "run_dir", "overwrite", "workers", "index_dir", "verify", "weights", "init", "device", "data_root",
     "annotation_path", "train_list", "val_list", "train_root", "val_root", "checkpoint_minutes", "keep", "log_every",
-    "test_only", "lif_backend", "pack_spikes", "deterministic",
+    "test_only", "energy", "lif_backend", "pack_spikes", "deterministic",
 }  # fmt: skip
 _YES_NO = argparse.BooleanOptionalAction
 
@@ -141,6 +141,8 @@ def add_shared_flags(parser: ArgumentParser) -> None:
     add("--keep", type=whole(1), metavar="N", help="newest checkpoints kept: last.pt, last-1.pt, ...")
     add("--log-every", type=whole(0), metavar="N",
         help="optimizer steps between lines of steps.jsonl (loss, learning rate, clips/s); 0: none")
+    add("--energy", action=_YES_NO,
+        help="at the end of the run, count the spikes of the test clips and estimate the energy of a clip")
     add("--test-only", action=_YES_NO, help="no training: test the checkpoint, write test.json")
     add("--overwrite", action=_YES_NO, help="replace the run that the folder holds")
     # fmt: on
@@ -151,14 +153,19 @@ def parse(parser: ArgumentParser, defaults: dict) -> argparse.Namespace:
     both are checked alike. Raises UserError for the first that cannot work."""
     parser.set_defaults(**defaults)  # for --help
     first = [word for name, value in defaults.items() for word in _as_flag(name, value)]
-    args = parser.parse_args(first + sys.argv[1:])
+    args = of_this_machine(parser.parse_args(first + sys.argv[1:]))
+    _check_together(args)
+    return args
+
+
+def of_this_machine(args: argparse.Namespace) -> argparse.Namespace:
+    """The flags with what depends on the machine, if it was not given."""
     if args.workers is None:
         args.workers = min(8, max(1, cpu_count() // local_processes()))
     if args.index_dir is None:
         args.index_dir = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "respike")
     if args.device is None:
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    _check_together(args)
     return args
 
 

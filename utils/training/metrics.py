@@ -67,6 +67,14 @@ class VideoScores:
         hits = _hits(self._probabilities[seen], self._labels[seen]).double()
         return torch.stack([hits[:, 0].sum(), hits.sum(), seen.double().sum()])
 
+    def of_all_ranks(self, runtime: Runtime, classes: int) -> tuple[Tensor, Tensor]:
+        """(labels int64 [videos], mean probabilities float64 [videos, classes]) on the CPU; -1 and NaN for a video
+        without a clip. All ranks call it."""
+        own = self._probabilities
+        sums = self._labels.new_zeros((len(self._labels), classes), dtype=torch.float64) if own is None else own
+        sums = runtime.sum(sums).cpu()  # a video has clips in one rank only
+        return runtime.sum(self._labels + 1).cpu() - 1, sums / sums.sum(1, keepdim=True)
+
     @staticmethod
     def result(sums: Tensor) -> dict[str, float]:
         """From `sums`: as `ClipScores.result`, without a loss and with "videos" in place of "clips"."""
