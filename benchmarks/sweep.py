@@ -44,56 +44,57 @@ class Run:
 
     def check(self) -> None:
         """Raises UserError if the folder holds a run with other flags: a table would mix two settings."""
-        trained = _read(self.folder / "config.json").get("command")
-        if trained is not None and tuple(trained) != (self.script.name, *self._arguments()):
+        script, *trained = self._config().get("command", [self.script.name, *self.flags])
+        if script != self.script.name or tuple(trained[-len(self.flags) :]) != self.flags:
             raise UserError(
-                f"{self.folder}: was trained with other flags ({' '.join(trained)}); give the same flags, or name "
+                f"{self.folder}: was trained with other flags ({shlex.join(trained)}); give the same flags, or name "
                 "another folder",
                 about="out",
             )
 
     def finished(self) -> bool:
-        epochs = _read(self.folder / "config.json").get("flags", {}).get("epochs")
-        return epochs is not None and len(self.metrics()) >= epochs
+        """Whether it has all its epochs and, if it chose the best one on validation videos, the test of that one."""
+        epochs = self._config().get("flags", {}).get("epochs")
+        has_epochs = epochs is not None and len(self.metrics()) >= epochs
+        return has_epochs and (not self._validates() or (self.folder / "test.json").exists())
 
     def next_command(self) -> list[str] | None:
         """What is left to do: training, then the count of operations; None if all is done."""
         if not self.finished():
-            return [sys.executable, str(self.script), *self._arguments()]
-        if self.energy and EVALUATE.exists() and not self._evaluation.exists():
-            return [sys.executable, str(EVALUATE), str(self.checkpoint), "--energy"]
+            # evaluate.py counts the energy, of the network that the accuracy is about.
+            own = ["--run-dir", str(self.folder), "--resume", "auto", "--no-energy"]
+            return [sys.executable, str(self.script), *own, *self.flags]
+        if self.energy and EVALUATE.exists() and not (self.folder / "evaluation.json").exists():
+            checkpoint = "best.pt" if self._validates() else "last.pt"
+            return [sys.executable, str(EVALUATE), str(self.folder / checkpoint), "--energy"]
         return None
-
-    def _arguments(self) -> list[str]:
-        return ["--run-dir", str(self.folder), "--resume", "auto", *self.flags]
-
-    @property
-    def checkpoint(self) -> Path:
-        """The network that `top1` is about."""
-        return self.folder / ("best.pt" if (self.folder / "test.json").exists() else "last.pt")
-
-    @property
-    def _evaluation(self) -> Path:
-        return self.folder / "evaluation.json"
 
     def metrics(self) -> list[dict]:
         """The lines of metrics.jsonl, one for each epoch that was trained."""
         file = self.folder / "metrics.jsonl"
         lines = file.read_text().splitlines() if file.exists() else []
-        return [json.loads(line) for line in lines if line.endswith("}")]  # a killed run may leave half a line
+        lines = [json.loads(line) for line in lines if line.endswith("}")]  # a killed run may leave half a line
+        return [line for line in lines if "epoch" in line]
 
     def top1(self) -> float:
-        """Video top-1 in percent: of test.json if the run chose its best epoch on validation videos, else of the last
-        epoch. The best epoch on the test set itself would be an optimistic choice."""
-        return _read(self.folder / "test.json").get("video_top1", self.metrics()[-1]["video_top1"])
+        """Video top-1 in percent: of the test if the run chose its best epoch on validation videos (--val-fraction),
+        else of the last epoch. The best epoch on the test set itself would be an optimistic choice."""
+        scored = _read(self.folder / "test.json") if self._validates() else self.metrics()[-1]
+        return scored["video_top1"]
 
     def energy_mj(self) -> float | None:
         """Of one clip; None if the operations were not counted."""
-        return _read(self._evaluation).get("energy", {}).get("total_mj")
+        return _read(self.folder / "evaluation.json").get("energy", {}).get("total_mj")
 
     def seconds(self) -> float:
         """Spent on training, without tests and start."""
         return sum(line["train_clips"] / line["clips_per_second"] for line in self.metrics())
+
+    def _config(self) -> dict:
+        return _read(self.folder / "config.json")
+
+    def _validates(self) -> bool:
+        return self._config().get("flags", {}).get("val_fraction", 0) > 0
 
 
 def _read(file: Path) -> dict:

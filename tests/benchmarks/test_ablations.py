@@ -87,7 +87,7 @@ def test_the_table_has_mean_and_deviation(sweeping, tmp_path):
     line = "| snn | `--branches snn` | 2 | 73.0 ± 1.4 | - | 9.0 ± 4.2 |"
     assert line in printed and line in (tmp_path / "out/table.md").read_text()
     config = json.loads((tmp_path / "out/snn-2/config.json").read_text())
-    assert config["command"][5:] == [*ablations.BASE.split(), "--dset", "demo", "--branches", "snn", "--seed", "2"]
+    assert config["command"][6:] == [*ablations.BASE.split(), "--dset", "demo", "--branches", "snn", "--seed", "2"]
 
 
 def test_a_failed_run_is_named_and_only_that_one_runs_again(sweeping, tmp_path):
@@ -126,12 +126,17 @@ def test_other_flags_are_not_mixed_into_one_table(sweeping, tmp_path):
     assert err.count("\n") == 1
 
 
-def test_a_validated_run_gives_the_score_of_its_test(tmp_path):
-    run = sweep.Run(tmp_path, tmp_path / "train.py", ())
-    (tmp_path / "metrics.jsonl").write_text('{"epoch": 0, "video_top1": 3}\n{"epoch": 1, "vid')
-    assert run.top1() == 3 and run.checkpoint.name == "last.pt"
-    (tmp_path / "test.json").write_text('{"video_top1": 5}')
-    assert run.top1() == 5 and run.checkpoint.name == "best.pt"
+def test_a_validated_run_gives_the_score_of_its_test(tmp_path, monkeypatch):
+    monkeypatch.setattr(sweep, "EVALUATE", Path(sweep.__file__))  # any file
+    run = sweep.Run(tmp_path, tmp_path / "train.py", ("--epochs", "1"))
+    (tmp_path / "metrics.jsonl").write_text('{"epoch": 0, "video_top1": 3}\n{"best_epoch": 0, "video_top1": 4}\n{"epo')
+    (tmp_path / "test.json").write_text('{"video_top1": 5}')  # also written for the energy of the best epoch
+    (tmp_path / "config.json").write_text('{"flags": {"epochs": 1, "val_fraction": 0.0}}')
+    assert run.top1() == 3 and run.next_command()[2:] == [f"{tmp_path}/last.pt", "--energy"]
+    (tmp_path / "config.json").write_text('{"flags": {"epochs": 1, "val_fraction": 0.1}}')
+    assert run.top1() == 5 and run.next_command()[2:] == [f"{tmp_path}/best.pt", "--energy"]
+    (tmp_path / "test.json").unlink()  # stopped in the test
+    assert not run.finished()
 
 
 def test_threads_are_shared_among_the_jobs(tmp_path, monkeypatch):
