@@ -87,7 +87,7 @@ def test_attention_is_that_of_the_network(fusion):
     """The maps, times the values, give what `attend` gives. Two heads' mean equals an explicit softmax of each."""
     model, batch = network(fusion=fusion), clips()
     seen = {}
-    attend = model.fusions[3].attend_ann
+    attend = model.fusions[2].attend_ann
     attend.to_q.register_forward_hook(lambda module, inputs, output: seen.update(q=inputs[0]))
     attend.to_k.register_forward_hook(lambda module, inputs, output: seen.update(k=inputs[0]))
     recording = record(model, *batch)
@@ -97,7 +97,7 @@ def test_attention_is_that_of_the_network(fusion):
     q, k = attend._in_heads(attend.to_q(seen["q"])), attend._in_heads(attend.to_k(seen["k"]))
     tokens = torch.eye(k.shape[2]).expand(*k.shape[:2], -1, -1)  # as values they give the weights themselves
     expected = torch.nn.functional.scaled_dot_product_attention(q, k, tokens).mean(1)
-    torch.testing.assert_close(recording.attention["stage4"].flatten(1, 2), expected)
+    torch.testing.assert_close(recording.attention["stage3"].flatten(1, 2), expected)
 
 
 def test_maps_weigh_the_tokens_that_moved():
