@@ -165,7 +165,10 @@ def write_run(folder, epochs=3, evaluated_on="test", **energy):
          "video_top1": 9.0 * n, "firing_rate": {"stage1": 0.1 * n}, "evaluated_on": evaluated_on}
         for n in range(epochs)
     ]  # fmt: skip
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"epoch": 3, "tr')
+    closing = {"best_epoch": 2, "video_top1": 18.0, "device_hours": 0.1}
+    (folder / "metrics.jsonl").write_text(
+        "".join(json.dumps(line) + "\n" for line in [*lines, closing]) + '{"epoch": 3, "tr'
+    )
     if energy:
         (folder / "evaluation.json").write_text(json.dumps({"video_top1": 50.0, "energy": energy}))
     return folder
