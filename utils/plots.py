@@ -322,7 +322,7 @@ def save_calibration(file: Path, confidence: Tensor, correct: Tensor) -> None:
 
 
 def read_metrics(run: Path) -> list[dict]:
-    """The lines of a training run's metrics.jsonl. Raises UserError if there is none."""
+    """The epochs of a training run's metrics.jsonl. Raises UserError if there is none."""
     file = run / "metrics.jsonl"
     if not file.is_file():
         raise UserError(f"{run}: expected the folder of a training run, found no metrics.jsonl in it")
@@ -330,7 +330,8 @@ def read_metrics(run: Path) -> list[dict]:
     for text in file.read_text(errors="replace").splitlines():
         with contextlib.suppress(ValueError):  # a line that is being written, or was when the run was killed
             lines.append(json.loads(text))
-    if not lines or not all(isinstance(line, dict) and "train_loss" in line for line in lines):
+    lines = [line for line in lines if "train_loss" in line]  # the closing line has what the whole run cost
+    if not lines:
         raise UserError(f"{file}: expected lines with train_loss, found none; has the first epoch ended?")
     return lines
 
