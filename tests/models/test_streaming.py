@@ -44,7 +44,8 @@ def stream(model: ReSpike, key: torch.Tensor, residual: torch.Tensor, segments: 
 VARIANTS = [
     dict(stride=4, downsample=True), dict(stride=2, downsample=True), dict(stride=4, downsample=False),
     dict(stride=2, downsample=False), dict(fusion="lean"), dict(fusion="lean", stride=2, downsample=False),
-    dict(fusion="concat"), dict(branches="ann"), dict(branches="snn"), dict(backbone="resnet50", snn_batch_norm="merged"),
+    dict(fusion="concat"), dict(branches="ann"), dict(branches="snn"),
+    dict(backbone="resnet50", snn_batch_norm="merged"),
 ]  # fmt: skip
 
 
@@ -131,16 +132,13 @@ def test_a_state_may_be_continued_twice():
     assert not all(torch.equal(*pair) for pair in zip(state.membranes, after.membranes, strict=True))
 
 
+@pytest.mark.gpu
 def test_with_the_kernels_of_a_gpu():
-    """In Triton's interpreter if there is no GPU."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = network(branches="snn").to(device)
-    model_on_kernels = ReSpike(num_classes=7, branches="snn", lif_backend="triton").to(device).eval()
-    model_on_kernels.load_state_dict(model.state_dict())
-    key, residual = key_residual_split(torch.randn(1, 4, 3, 32, 32, device=device), 4)
-    torch.testing.assert_close(
-        stream(model_on_kernels, key, residual), stream(model, key, residual), rtol=0, atol=1e-4
-    )  # fmt: skip
+    model = network(lif_backend="reference").to("cuda")
+    fused = ReSpike(num_classes=7, lif_backend="triton").to("cuda").eval()
+    fused.load_state_dict(model.state_dict())
+    key, residual = key_residual_split(torch.randn(1, 4, 3, 64, 64, device="cuda"), 4)
+    torch.testing.assert_close(stream(fused, key, residual), stream(model, key, residual), rtol=0, atol=1e-4)
 
 
 def test_other_neurons_are_refused(monkeypatch):
