@@ -70,7 +70,7 @@ def parse_args() -> argparse.Namespace:
     add("--realtime", action="store_true", help="--stream: pace a source by its timestamps; drop frames if too slow")
     add("--timeout", type=number(0), default=10.0, metavar="S", help="--stream: seconds without a frame that end it")
     # fmt: on
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()  # flags may stand between the checkpoint and the videos
     if args.stream is not None:
         for flag in ("videos", "list", "save", "views", "crops"):
             if getattr(args, flag):
