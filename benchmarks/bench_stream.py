@@ -64,8 +64,8 @@ def main() -> None:
     print(
         f"{describe(torch.device('cpu'))}; torch {torch.__version__}; {args.model}, {args.fusion}, T {args.time}, "
         f"stride {args.stride}, {args.size} px, downsample; {args.rounds} rounds\n"
-        f"processor time: a frame of the stream {statistics.median(rounds):.1f}x as fast as the whole clip for each new "
-        f"frame ({min(rounds):.1f} to {max(rounds):.1f})\n"
+        f"processor time: a frame of the stream {statistics.median(rounds):.1f}x as fast as the whole clip for each "
+        f"new frame ({min(rounds):.1f} to {max(rounds):.1f})\n"
         f"the whole stream: {statistics.median(whole):.2f} frames/s ({min(whole):.2f} to {max(whole):.2f})"
     )
 

@@ -9,10 +9,12 @@ from dataset.decode import decode_frames
 from dataset.residual import key_residual_split
 from dataset.transforms import eval_transforms
 from models import ReSpike
+from models.batch_norm import StepBatchNorm2d
 from models.kernels.parameters import LIFParameters
 from models.neurons import LIF, NEURONS
 from models.streaming import StreamState, start_segment, step
 from utils.errors import UserError
+from utils.training.metrics import FiringRates
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -27,7 +29,16 @@ def network(**settings) -> ReSpike:
     with torch.no_grad():
         for _ in range(3):
             model(*key_residual_split(torch.randn(2, 2 * model.stride, 3, 64, 64), model.stride))
+    for norm in (module for module in model.modules() if isinstance(module, StepBatchNorm2d)):
+        torch.nn.init.normal_(norm.bias, 0.5, 0.5)
     return model.eval()
+
+
+def test_its_neurons_fire():
+    model = network()
+    with FiringRates(model) as rates, torch.no_grad():
+        model(*key_residual_split(torch.randn(1, 8, 3, 64, 64), 4))
+    assert all(0.05 < rate < 0.6 for rate in rates.per_stage().values())
 
 
 def stream(model: ReSpike, key: torch.Tensor, residual: torch.Tensor, segments: int | None = None) -> torch.Tensor:
