@@ -31,7 +31,7 @@ from dataset.frame_sampling import SAMPLINGS
 from dataset.index import VideoIndex
 from dataset.readable import readable_videos
 from dataset.splits import Split, read_hmdb51, read_ucf101
-from dataset.transforms import eval_transforms, resized_crop
+from dataset.transforms import eval_short_side, eval_transforms, resized_crop
 from models import ReSpike
 from models.batch_norm import synchronise_batch_norm
 from models.initial_weights import initialise
@@ -225,7 +225,7 @@ def load_data(
 
     def test_on(videos: VideoTable) -> tuple[DeviceLoader, str]:
         clips = eval_clips(videos, sampling, args.crops)
-        loader = make.eval(videos, clips, eval_transforms(args.size, short_side=args.size, crops=args.crops))
+        loader = make.eval(videos, clips, eval_transforms(args.size, eval_short_side(args.size, args.dset), args.crops))
         return loader, fingerprint(videos, clips)
 
     test_loader, evaluated_clips = test_on(test)

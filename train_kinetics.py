@@ -21,7 +21,7 @@ from dataset.frame_sampling import SAMPLINGS
 from dataset.index import VideoIndex
 from dataset.lists import VideoList, read_label_map, read_lists
 from dataset.readable import readable_videos
-from dataset.transforms import eval_transforms, multi_scale_crop
+from dataset.transforms import eval_short_side, eval_transforms, multi_scale_crop
 from models import ReSpike
 from models.batch_norm import synchronise_batch_norm
 from models.initial_weights import initialise
@@ -116,7 +116,6 @@ KINETICS400 = dict(
     train_root="data/kinetics400/videos_train",
     val_root="data/kinetics400/videos_val",
 )
-SHORT_SIDE = 256 / 224  # of the frames that test crops are taken from, in crop sizes
 
 
 def parse_args() -> argparse.Namespace:
@@ -228,7 +227,7 @@ def load_data(
 
     def test_on(videos: VideoTable) -> tuple[DeviceLoader, str]:
         clips = eval_clips(videos, sampling, args.crops)
-        loader = make.eval(videos, clips, eval_transforms(args.size, round(args.size * SHORT_SIDE), args.crops))
+        loader = make.eval(videos, clips, eval_transforms(args.size, eval_short_side(args.size, args.dset), args.crops))
         return loader, fingerprint(videos, clips)
 
     test_loader, evaluated_clips = test_on(test)

@@ -15,6 +15,7 @@ _SNAP_PIXELS = 3  # a crop this near to the wanted size is taken at that size, a
 
 # What sides of the frame the test crops stand at, by their number: 0 left or top, 1 right or bottom.
 CROP_POSITIONS = {1: (0.5,), 3: (0.0, 0.5, 1.0)}
+_SHORT_SIDES = {"kinetics400": 256 / 224, "list": 256 / 224}  # of the frames, in crop sizes; other data sets: 1
 
 
 def resized_crop(size: int, flip: bool, crop_area: tuple[float, float] = PUBLISHED_CROP_AREA) -> v2.Transform:
@@ -30,6 +31,12 @@ def multi_scale_crop(size: int, flip: bool, scales: tuple[float, ...] = PUBLISHE
 
 def _with_flip(crop: nn.Module, flip: bool) -> v2.Transform:
     return v2.Compose([crop, v2.RandomHorizontalFlip()] if flip else [crop])
+
+
+def eval_short_side(size: int, data_set: str) -> int:
+    """The short side, in pixels, of the frames that test crops of `size` are taken from. data_set: the flag --dset of
+    the training script."""
+    return round(size * _SHORT_SIDES.get(data_set, 1.0))
 
 
 def eval_transforms(size: int, short_side: int, crops: int = 1) -> list[v2.Transform]:
