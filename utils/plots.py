@@ -27,7 +27,7 @@ from dataset.decode import decode_frames
 from dataset.frame_sampling import SAMPLINGS
 from dataset.index import probe
 from dataset.residual import IMAGENET_MEAN, IMAGENET_STD, key_residual_split
-from dataset.transforms import eval_transforms
+from dataset.transforms import eval_short_side, eval_transforms
 from models import ReSpike
 from models.attention import HEAD_WIDTH
 from utils.errors import ArgumentParser, UserError
@@ -467,7 +467,7 @@ def read_clip(model: ReSpike, video: Path) -> Tensor:
     frames = probe(video).frames
     sampling = SAMPLINGS[trained.sampling](trained.frames, trained.flags["frame_stride"], 1)
     decoded = decode_frames(video, sampling.at(frames, sampling.places(frames)[0]))
-    (transform,) = eval_transforms(trained.size, short_side=trained.size)
+    (transform,) = eval_transforms(trained.size, eval_short_side(trained.size, trained.flags["dset"]))
     return transform(torch.from_numpy(decoded).permute(0, 3, 1, 2))[None]
 
 
