@@ -41,8 +41,9 @@ from utils.errors import ArgumentParser, UserError
 from utils.run_folder import RunFolder
 from utils.runtime import Runtime
 from utils.script import run_script
+from utils.training.conclude import conclude, score
 from utils.training.engine import TrainPosition
-from utils.training.fit import TrainingState, conclude, cosine_with_warmup, fit, score
+from utils.training.fit import TrainingState, cosine_with_warmup, fit
 from utils.training.flags import add_shared_flags, begin_run, check_epoch, default_run_dir, neuron_parameters, parse
 
 # ---- hyper-parameters: edit them here, or give the flag of the same name. --help explains each. -------

@@ -42,7 +42,7 @@ def test_a_run_and_its_folder(monkeypatch, capfd, flags):
 def test_tensorboard_holds_metrics_and_pictures(monkeypatch, capfd, flags):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    assert run_here(monkeypatch, capfd, flags | {"--branches": "both"})[0] == 0
+    assert run_here(monkeypatch, capfd, flags | {"--branches": "both", "--energy": None})[0] == 0
     events = EventAccumulator(flags["--run-dir"])
     events.Reload()
     assert events.Tags()["images"] == ["key_and_residual_frames", "firing_rates", "attention"]

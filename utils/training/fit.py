@@ -1,6 +1,5 @@
 """A whole training run: epochs, the best epoch, metrics, checkpoints, and leaving when asked to."""
 
-import contextlib
 import math
 import time
 from collections.abc import Callable
@@ -18,14 +17,11 @@ from utils.checkpoint import (
     Checkpoint,
     CheckpointError,
     check_settings,
-    load_checkpoint,
     save_checkpoint,
 )
 from utils.device import peak_memory_bytes, random_state, set_random_state
-from utils.energy import SpikeMeter, count_operations, energy_report, spike_statistics
 from utils.errors import OtherProcessError, UserError
-from utils.figures import as_image
-from utils.plots import attention_figure, firing_rate_figure, key_residual_picture, record
+from utils.plots import key_residual_picture
 from utils.run_folder import RunFolder
 from utils.runtime import Runtime
 from utils.signals import StopRequest
@@ -150,76 +146,6 @@ def cosine_with_warmup(epoch: int, epochs: int, warmup_epochs: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
-def score(
-    state: TrainingState, loader: DeviceLoader, run: RunFolder, epochs: int, protocol: dict,
-    meter: SpikeMeter | None = None,
-) -> dict | None:  # fmt: skip
-    """Test the network after `epochs` epochs; the result is printed and written to test.json with its protocol. None
-    if a signal cut the test short. meter: counts the spikes of the clips."""
-    with StopRequest() as stop, meter or contextlib.nullcontext():
-        scored = evaluate(state.model, loader, state.runtime, should_stop=stop.requested)
-    if scored is None:
-        print(f"stopped by {stop.name or 'a signal to another process'} in the test; --resume auto tests again")
-        return None
-    state.runtime.from_main(run.write_result, {"after_epochs": epochs, **protocol, **scored})
-    counts = scored["counts"]
-    print(
-        f"test after {epochs} epochs: clip top-1 {scored['clip_top1']:.2f} %, video top-1 {scored['video_top1']:.2f} % "
-        f"({counts['video_top1']} of {counts['videos']}), top-5 {scored['video_top5']:.2f} %"
-    )
-    return scored
-
-
-def conclude(
-    state: TrainingState, eval_loader: DeviceLoader, test_loader: DeviceLoader, run: RunFolder, *, evaluated_on: str,
-    protocol: dict, counts_energy: bool,
-) -> None:  # fmt: skip
-    """Report the best epoch and what the run took. The network of the best epoch is tested if it was chosen on
-    validation videos, not on those of the test, or for its energy (`counts_energy`)."""
-    if state.best["epoch"] is None:
-        print(f"no epoch was left to train: the checkpoint is at epoch {state.position.epoch}")
-        return
-    epochs = state.best["epoch"] + 1
-    if eval_loader is test_loader:
-        print(
-            f"best {evaluated_on} video top-1 {state.best['video_top1']:.2f} % at epoch {epochs}, "
-            f"{protocol['views']} x {protocol['crops']} clips a video: selected on the {evaluated_on} set "
-            "itself, so optimistic; --val-fraction selects without it"
-        )
-    else:
-        print(f"best epoch, selected on validation videos: {epochs}")
-    closing = {"best_epoch": state.best["epoch"], **state.best, **state.runtime.from_main(_cost, state, run)}
-    if eval_loader is not test_loader or counts_energy:
-        state.model.load_state_dict(state.runtime.from_main(load_checkpoint, run.best)["model"])
-        meter = SpikeMeter(state.model) if counts_energy else None
-        scored = score(state, test_loader, run, epochs, {"selected_on": evaluated_on, **protocol}, meter)
-        if scored is None:
-            return
-        closing["video_top1"] = scored["video_top1"]
-        if meter is not None:
-            spikes = spike_statistics(state.runtime.sum(meter.sums()), meter.layers)
-            clip = (protocol["frames"], protocol["size"])
-            closing["energy"] = energy_report(count_operations(state.model, *clip), spikes)
-    del closing["epoch"]
-    state.runtime.from_main(run.add_closing, closing)
-    energy = f", {closing['energy']['total_mj']:.2f} mJ a clip by estimate" if "energy" in closing else ""
-    print(
-        f"run: {closing['device_hours']:.2f} device-hours, {closing['clips_per_second']:.1f} training clips/s, "
-        f"{closing['peak_memory_bytes'] / 2**30:.2f} GiB at most{energy}"
-    )
-
-
-def _cost(state: TrainingState, run: RunFolder) -> dict:
-    """What the whole run took, from its first start on."""
-    epochs = run.metrics()
-    seconds = sum(epoch["train_clips"] / epoch["clips_per_second"] for epoch in epochs)
-    return {
-        "device_hours": state.seconds() * state.runtime.count / 3600,
-        "clips_per_second": sum(epoch["train_clips"] for epoch in epochs) / seconds,
-        "peak_memory_bytes": max(epoch["peak_memory_bytes"] for epoch in epochs),
-    }
-
-
 def fit(
     state: TrainingState,
     train_loader: DeviceLoader,
@@ -299,7 +225,6 @@ def fit(
             metrics = {"epoch": epoch, **trained, f"{evaluated_on}_loss": scored.pop("loss"), **scored, **rate}
             _end_epoch(state, run, metrics | {"evaluated_on": evaluated_on}, epochs)
             save()
-    runtime.from_main(_draw_network, state, eval_loader, run)
     return True
 
 
@@ -367,21 +292,3 @@ def _draw_clips(loader: DeviceLoader, run: RunFolder) -> None:
     if len(clips.labels):
         batch = loader.split(clips)
         run.add_picture("key_and_residual_frames", key_residual_picture(batch.key, batch.residual))
-
-
-def _draw_network(state: TrainingState, loader: DeviceLoader, run: RunFolder) -> None:
-    """Firing rates, and where the SNN looks, for a few clips at the end of a run."""
-    pictures = {}
-    try:
-        batch = loader.split(loader.first_clips(4))
-        with state.runtime.autocast():
-            recording = record(state.model, batch.key, batch.residual)
-        if recording.spikes:
-            pictures["firing_rates"] = as_image(firing_rate_figure(recording))
-        if recording.attention:
-            first_segments = range(0, len(recording.key), recording.key_frames)
-            pictures["attention"] = as_image(attention_figure(recording, first_segments))
-    except Exception as error:  # the run is done and saved: a picture must not end it
-        print(f"note: spikes and attention were not drawn ({type(error).__name__}: {error})")
-    for name, picture in pictures.items():
-        run.add_picture(name, picture, state.position.epoch)

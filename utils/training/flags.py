@@ -142,7 +142,7 @@ def add_shared_flags(parser: ArgumentParser) -> None:
     add("--log-every", type=whole(0), metavar="N",
         help="optimizer steps between lines of steps.jsonl (loss, learning rate, clips/s); 0: none")
     add("--energy", action=_YES_NO,
-        help="at the end of the run, count the spikes of the test clips and estimate the energy of a clip")
+        help="at the end, count the spikes of the test clips, estimate the energy of a clip, draw firing rates")
     add("--test-only", action=_YES_NO, help="no training: test the checkpoint, write test.json")
     add("--overwrite", action=_YES_NO, help="replace the run that the folder holds")
     # fmt: on

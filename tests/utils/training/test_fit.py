@@ -38,8 +38,7 @@ def run_fit(run: RunFolder, state: TrainingState, epochs: int = 2, log_every: in
 
 @pytest.fixture
 def run(tmp_path, monkeypatch) -> RunFolder:
-    for name in ("_draw_clips", "_draw_network"):  # 8 x 8 pixels of noise, and a network that is none
-        monkeypatch.setattr(f"utils.training.fit.{name}", lambda *arguments: None)
+    monkeypatch.setattr("utils.training.fit._draw_clips", lambda *arguments: None)  # 8 x 8 pixels of noise
     return RunFolder(tmp_path / "run", resuming=False, overwrite=False)
 
 
