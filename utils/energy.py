@@ -176,10 +176,9 @@ def _calls(model: nn.Module, clip_frames: int, size: int) -> list[_Call]:
         counter.add("upsample", (tokens,), out)
         return out
 
-    # In every version of PyTorch, FlopCounterMode counts attention if it runs as plain products, and linear layers if
-    # inference mode is off.
+    # Attention runs as plain products, which FlopCounterMode counts in every version of PyTorch.
     with (
-        torch.inference_mode(False), torch.no_grad(), torch.compiler.set_stance("force_eager"),
+        torch.no_grad(), torch.compiler.set_stance("force_eager"),
         sdpa_kernel(SDPBackend.MATH), mock.patch.object(attention, "upsample_tokens", upsampled), flops, counter,
     ):  # fmt: skip
         model(*inputs)
@@ -252,8 +251,8 @@ def _respike_counts(model: ReSpike, calls: list[_Call]) -> dict[str, int]:
     folded = parts.pop("folded.batch_norm_elements", 0)
     dense = parts.pop("snn.spiking_convs.dense", 0)
     attended = total("fusion.", ends=("_qk", "_av"))
-    published = any(isinstance(fusion, CrossAttentionFusion) for fusion in model.fusions)
-    repeated = total("fusion.", ends=("cross_kv",)) * (model.stride - 2) if published else 0  # at steps after the first
+    published = [i for i, fusion in enumerate(model.fusions, 1) if isinstance(fusion, CrossAttentionFusion)]
+    repeated = sum(parts[f"fusion.stage{i}.cross_kv"] for i in published) * (model.stride - 2)  # after the first step
     return {
         **parts,
         "snn.spiking_convs.dense": dense,
