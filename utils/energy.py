@@ -124,19 +124,19 @@ class _Calls(TorchFunctionMode):
         self.calls: list[_Call] = []
         self.macs = Counter()
 
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
+    def __torch_function__(self, function, types, operands=(), named=None):
+        out = function(*operands, **(named or {}))
         if function in _KINDS:
-            self.add(_KINDS[function], args, out)
+            self.add(_KINDS[function], operands, out)
         return out
 
-    def add(self, kind: str, args: tuple, out: Tensor) -> None:
+    def add(self, kind: str, operands: tuple, out: Tensor) -> None:
         running = self._flops.mod_tracker.parents - {"Global"}
         module = max(running, key=len).partition(".")[2]  # "ReSpike.head" -> "head"
         if kind == "attention":  # the module whose projection came before: not every way to attend calls a module
             before = next((call.module for call in reversed(self.calls) if call.kind == "linear"), module)
             module = before.rpartition(".")[0]
-        call = _Call(kind, module, tuple(x.shape for x in args if isinstance(x, Tensor)), out.shape)
+        call = _Call(kind, module, tuple(x.shape for x in operands if isinstance(x, Tensor)), out.shape)
         self.calls.append(call)
         for name in running:
             self.macs[name] += call.macs
@@ -176,10 +176,9 @@ def _calls(model: nn.Module, clip_frames: int, size: int) -> list[_Call]:
         counter.add("upsample", (tokens,), out)
         return out
 
-    # In every version of PyTorch, FlopCounterMode counts attention if it runs as plain products, and linear layers if
-    # inference mode is off.
+    # Attention runs as plain products, which FlopCounterMode counts in every version of PyTorch.
     with (
-        torch.inference_mode(False), torch.no_grad(), torch.compiler.set_stance("force_eager"),
+        torch.no_grad(), torch.compiler.set_stance("force_eager"),
         sdpa_kernel(SDPBackend.MATH), mock.patch.object(attention, "upsample_tokens", upsampled), flops, counter,
     ):  # fmt: skip
         model(*inputs)
@@ -203,8 +202,10 @@ def count_operations(model: nn.Module, clip_frames: int, size: int) -> dict[str,
     code computes more often), folded.* and other.*. Raises RuntimeError if FlopCounterMode finds a convolution, linear
     layer or attention that is not counted here.
     """
-    model = _plain(model)
-    calls = _calls(model, clip_frames, size)
+    return _counts(_plain(model), _calls(model, clip_frames, size))
+
+
+def _counts(model: nn.Module, calls: list[_Call]) -> dict[str, int]:
     if isinstance(model, ReSpike):
         return _respike_counts(model, calls)
     counts = Counter()
@@ -250,8 +251,8 @@ def _respike_counts(model: ReSpike, calls: list[_Call]) -> dict[str, int]:
     folded = parts.pop("folded.batch_norm_elements", 0)
     dense = parts.pop("snn.spiking_convs.dense", 0)
     attended = total("fusion.", ends=("_qk", "_av"))
-    published = any(isinstance(fusion, CrossAttentionFusion) for fusion in model.fusions)
-    repeated = total("fusion.", ends=("cross_kv",)) * (model.stride - 2) if published else 0  # at steps after the first
+    published = [i for i, fusion in enumerate(model.fusions, 1) if isinstance(fusion, CrossAttentionFusion)]
+    repeated = sum(parts[f"fusion.stage{i}.cross_kv"] for i in published) * (model.stride - 2)  # after the first step
     return {
         **parts,
         "snn.spiking_convs.dense": dense,
@@ -346,12 +347,15 @@ def _fan_out(length: int, conv: nn.Conv2d, dim: int) -> tuple[int, ...]:
 def count_memory(model: nn.Module, clip_frames: int, size: int, spiking: bool = True) -> dict[str, int]:
     """Bits read and written for one clip, by the rules of `Constants`: {"weights.dram", "weights.sram",
     "activations.sram", "spikes.sram", "membranes.sram"}. spiking: if False, a ReSpike with ReLU for its neurons."""
-    model = _plain(model)
+    return _memory(_plain(model), _calls(model, clip_frames, size), spiking)
+
+
+def _memory(model: nn.Module, calls: list[_Call], spiking: bool = True) -> dict[str, int]:
     spiking_paths = set()
     if isinstance(model, ReSpike) and spiking:
         spiking_paths = {f"snn.{path}" for path, _ in _spiking_convs(model).values()}
     bits = dict.fromkeys(("weights.dram", "weights.sram", "activations.sram", "spikes.sram", "membranes.sram"), 0)
-    for call in _calls(model, clip_frames, size):
+    for call in calls:
         if call.kind not in ("convolution", "linear", "attention"):
             continue
         read = call.operands[0].numel()
@@ -409,13 +413,13 @@ class SpikeMeter:
             handle.remove()
         self._eager.__exit__(*exc_info)
 
-    def _begin(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
-        self._batch = len(args[0] if args else kwargs["key"])
+    def _begin(self, model: nn.Module, inputs: tuple, named: dict) -> None:
+        self._batch = len(inputs[0] if inputs else named["key"])
         self._seen = {}
 
     @torch.no_grad()
-    def _count(self, name: str, conv: nn.Conv2d, args: tuple[Tensor], out: Tensor) -> None:
-        spikes = args[0]  # [S*B*K, C, H, W]
+    def _count(self, name: str, conv: nn.Conv2d, inputs: tuple[Tensor], out: Tensor) -> None:
+        spikes = inputs[0]  # [S*B*K, C, H, W]
         graded = ((spikes != 0) & (spikes != 1)).any()
         # Whole numbers up to C: exact in float32, whatever the type of the spikes.
         spikes_at = spikes.sum(1, dtype=torch.float32).double()  # [S*B*K, H, W]
@@ -432,7 +436,7 @@ class SpikeMeter:
         self._seen[name] = graded, accumulates, spikes_at.sum(), sizes
 
     @torch.no_grad()
-    def _end(self, model: nn.Module, args: tuple, logits: Tensor) -> None:
+    def _end(self, model: nn.Module, inputs: tuple, logits: Tensor) -> None:
         missing = [name for name in self.layers if name not in self._seen]
         if missing:
             raise RuntimeError(f"{missing[0]}: its spikes were not seen; count them under torch.no_grad()")
@@ -600,10 +604,12 @@ def baselines(
     for key, (name, *clip) in runs.items():
         with torch.device("meta"):
             network = torchvision.models.get_model(name, weights=None, num_classes=num_classes)
-        entries[key] = entry(count_operations(network, *clip)["total.macs"], count_memory(network, *clip))
-    counts = count_operations(model, clip_frames, size)
+        calls = _calls(network, *clip)
+        entries[key] = entry(_counts(network, calls)["total.macs"], _memory(network, calls))
+    calls = _calls(model, clip_frames, size)
+    counts = _counts(model, calls)
     relu_macs = counts["total.macs"] + counts["snn.spiking_convs.dense"]
-    entries["respike_relu"] = entry(relu_macs, count_memory(model, clip_frames, size, spiking=False))
+    entries["respike_relu"] = entry(relu_macs, _memory(model, calls, spiking=False))
     return entries
 
 
@@ -614,8 +620,9 @@ def format_report(report: dict) -> str:
     for row, part in report["parts"].items():
         share = f"{100 * part['mj'] / total:.1f} %"
         rows.append((row, f"{part['operations']:,.0f}", part["kind"].upper(), f"{part['mj']:.3f}", share))
-    rows.append(("total", "", "", f"{total:.3f}", f"± {report['total_mj_std']:.3f} mJ over clips"))
+    rows.append(("total", "", "", f"{total:.3f}", "100.0 %"))
     lines = [f"Energy of one clip: {report['note']}", *_aligned(rows)]
+    lines.append(f"standard deviation over {spikes['clips']} clips: {report['total_mj_std']:.3f} mJ")
     lines.append(f"spikes as others publish them (firing rate x dense MACs): {spikes['rate_x_dense_mj']:.3f} mJ")
     if "memory" in report:
         mj = report["memory"]["mj"]
