@@ -133,9 +133,9 @@ class CrossAttentionFusion(nn.Module):
 class LeanFusion(nn.Module):
     """Fuse one stage at a small part of the cost of `CrossAttentionFusion`, with the same interface.
 
-    The spiking features ask on the coarse grid of the last stage (`pool` x `pool` pixels a token); the ANN answers with
-    at most 7 x 7 tokens. There is no self-attention and no feed-forward layer, so the cost is linear in pixels. What
-    was found is upsampled and added to the features, which keep their full resolution.
+    Patches of `pool` x `pool` pixels of the spiking features ask; at most 7 x 7 tokens of the ANN answer. There is no
+    self-attention and no feed-forward layer, so the cost is linear in pixels. What was found is upsampled and added to
+    the features, which keep their full resolution.
     """
 
     def __init__(self, channels: int, ann_channels: int, pool: int):

@@ -30,7 +30,6 @@ SETTINGS = (
 )  # in a checkpoint
 SIZE_MULTIPLE = 32  # pixels: five halvings
 DOWNSAMPLE_POOLS = (4, 2, 1, 1)  # --downsample: how far each stage is pooled before it is fused
-LEAN_POOLS = (8, 4, 2, 1)  # --fusion lean: every stage asks on the grid of the last one
 
 
 class ReSpike(nn.Module):
@@ -102,10 +101,8 @@ class ReSpike(nn.Module):
             )
         self.fusions = nn.ModuleList([None] * 4)
         if branches == "both" and fusion != "concat":
-            block, pools = (
-                (LeanFusion, LEAN_POOLS) if fusion == "lean" else
-                (CrossAttentionFusion, DOWNSAMPLE_POOLS if downsample else (1, 1, 1, 1))
-            )  # fmt: skip
+            block = LeanFusion if fusion == "lean" else CrossAttentionFusion
+            pools = DOWNSAMPLE_POOLS if downsample else (1, 1, 1, 1)
             for stage in range(0 if downsample else 1, 4):
                 self.fusions[stage] = block(self.snn.channels[stage], self.ann.channels[stage], pools[stage])
         width = sum(branch.channels[-1] for branch in (self.ann, self.snn) if branch is not None)

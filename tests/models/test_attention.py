@@ -4,8 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from models.attention import CrossAttentionFusion, GroupNorm, LayerNorm, upsample_tokens
+from models import ReSpike
+from models.attention import CrossAttentionFusion, GroupNorm, LayerNorm, LeanFusion, upsample_tokens
 from tests.helpers.fake_gpu import backward, fake_gpu
+from utils.energy import count_operations
 
 
 @pytest.mark.parametrize("height, width, factor", [(14, 14, 4), (3, 5, 2), (1, 2, 4)])
@@ -36,11 +38,12 @@ def test_a_cached_matrix_can_be_trained_with():
     torch.testing.assert_close(tokens.grad.sum(), torch.tensor(4.0 * 60))
 
 
+@pytest.mark.parametrize("block", [CrossAttentionFusion, LeanFusion])
 @pytest.mark.parametrize("pool", [4, 2, 1])
-def test_the_block_keeps_the_type_of_its_input_on_a_gpu(monkeypatch, pool):
+def test_the_block_keeps_the_type_of_its_input_on_a_gpu(monkeypatch, pool, block):
     """CUDA's autocast runs interpolation in float32: the spiking stream behind the block would have twice the bytes."""
     with fake_gpu(monkeypatch, torch.bfloat16):
-        block = CrossAttentionFusion(64, 32, pool)
+        block = block(64, 32, pool)
         snn, ann = torch.empty(3, 2, 64, 8, 8, dtype=torch.bfloat16), torch.empty(2, 32, 8, 8, dtype=torch.bfloat16)
         fused = block(snn.requires_grad_(), ann)
         assert fused.dtype == torch.bfloat16 and fused.shape == snn.shape
@@ -60,3 +63,32 @@ def test_norms_keep_bfloat16_with_statistics_in_float32(norm):
         got = norm(x)
     assert got.dtype == torch.bfloat16
     torch.testing.assert_close(got.double(), norm.double()(x.double()), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("pool", [4, 1])
+def test_lean_fusion_is_attention_to_pooled_tokens(pool):
+    """Written a second time: patches ask, 4 x 4 averages of the ANN answer, bilinear interpolation, addition."""
+    block = LeanFusion(64, 32, pool).double()
+    torch.nn.init.normal_(block.attend_ann.to_out.weight)
+    snn, ann = torch.randn(3, 2, 64, 8, 8).double(), torch.randn(2, 32, 8, 8).double()
+    answers = block.norm_ann(F.avg_pool2d(ann, 2).flatten(2).transpose(1, 2))  # 8 pixels are more than 7 tokens
+    for step in range(3):
+        asks = block.norm(F.avg_pool2d(snn[step], pool).flatten(2).transpose(1, 2))
+        found = block.attend_ann(asks, answers).transpose(1, 2).unflatten(2, (8 // pool, 8 // pool))
+        want = snn[step] + F.interpolate(found, scale_factor=pool, mode="bilinear", align_corners=False)
+        torch.testing.assert_close(block(snn, ann)[step], want, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("stride", [4, 2])
+@pytest.mark.parametrize("backbone", ["resnet18", "resnet50"])
+@pytest.mark.parametrize("downsample", [True, False])
+def test_lean_fusion_costs_less_than_a_quarter(backbone, stride, downsample):
+    networks = [ReSpike(backbone, 51, stride, downsample, fusion=fusion) for fusion in ("cross", "lean")]
+    cross, lean = (count_operations(network, 16, 224)["total.fusion"] for network in networks)
+    assert 0 < lean < cross / 4
+
+
+def test_lean_fusion_is_linear_in_pixels():
+    network = ReSpike("resnet18", 51, 4, downsample=False, fusion="lean")
+    small, large = (count_operations(network, 4, size)["total.fusion"] for size in (448, 896))
+    assert large < 4 * small
