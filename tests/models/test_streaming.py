@@ -1,6 +1,7 @@
 """A stream predicts what the whole clip predicts; its state is all in the dataclass."""
 
 import random
+import statistics
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def network(**settings) -> ReSpike:
-    """In eval mode, every weight that starts at zero set, running statistics of a few passes: neurons fire."""
+    """In eval mode and float64; every weight that starts at zero is set, and neurons fire."""
     torch.manual_seed(5)
     model = ReSpike(num_classes=7, **settings)
     for parameter in model.parameters():
@@ -31,13 +32,13 @@ def network(**settings) -> ReSpike:
             model(*key_residual_split(torch.randn(2, 2 * model.stride, 3, 64, 64), model.stride))
     for norm in (module for module in model.modules() if isinstance(module, StepBatchNorm2d)):
         torch.nn.init.normal_(norm.bias, 0.5, 0.5)
-    return model.eval()
+    return model.eval().double()
 
 
 def test_its_neurons_fire():
     model = network()
     with FiringRates(model) as rates, torch.no_grad():
-        model(*key_residual_split(torch.randn(1, 8, 3, 64, 64), 4))
+        model(*key_residual_split(torch.randn(1, 8, 3, 64, 64, dtype=torch.float64), 4))
     assert all(0.05 < rate < 0.6 for rate in rates.per_stage().values())
 
 
@@ -64,10 +65,10 @@ VARIANTS = [
 @pytest.mark.parametrize("batch", [1, 2])
 def test_a_whole_clip_gives_the_offline_logits(settings, batch):
     model = network(**settings)
-    key, residual = key_residual_split(torch.randn(batch, 8, 3, 64, 64), model.stride)
+    key, residual = key_residual_split(torch.randn(batch, 8, 3, 64, 64, dtype=torch.float64), model.stride)
     with torch.no_grad():
         offline = model(key, residual)
-    torch.testing.assert_close(stream(model, key, residual)[-1], offline, rtol=0, atol=1e-5)
+    torch.testing.assert_close(stream(model, key, residual)[-1], offline)
 
 
 @pytest.mark.parametrize("stride", [2, 4])
@@ -77,25 +78,31 @@ def test_on_real_videos(clips, stride, downsample):
     (transform,) = eval_transforms(96, 96)
     videos = [path for path in sorted(clips.glob("[hku]*/**/*")) if path.suffix in (".avi", ".mp4", ".mkv")]
     assert len(videos) == 14
+    differences = []
     for path in random.Random(stride).sample(videos, 5):
-        clip = transform(torch.from_numpy(decode_frames(path, range(5, 37, 4))).permute(0, 3, 1, 2))
-        key, residual = key_residual_split(clip[None], stride)
-        with torch.no_grad():
-            offline = model(key, residual)
-        torch.testing.assert_close(stream(model, key, residual)[-1], offline, rtol=0, atol=1e-5)
+        frames = torch.from_numpy(decode_frames(path, range(5, 37, 4))).permute(0, 3, 1, 2)
+        for dtype in (torch.float64, torch.float32):
+            key, residual = (part.to(dtype) for part in key_residual_split(transform(frames)[None], stride))
+            with torch.no_grad():
+                offline = model.to(dtype)(key, residual)
+            differences.append((stream(model, key, residual)[-1] - offline).abs().max().item())
+    assert max(differences[::2]) < 1e-9
+    # In float32 a batch of another size is rounded otherwise, and now and then a neuron at its threshold fires in one
+    # of the two only. The logits then differ in the second digit, else by less than 1e-6.
+    assert statistics.median(differences[1::2]) < 1e-5
 
 
 @pytest.mark.parametrize("minus", ["previous", "none"])
 def test_other_residuals(minus):
     model = network(stride=4)
-    key, residual = key_residual_split(torch.randn(1, 8, 3, 64, 64), 4, minus=minus)
+    key, residual = key_residual_split(torch.randn(1, 8, 3, 64, 64, dtype=torch.float64), 4, minus=minus)
     with torch.no_grad():
         offline = model(key, residual)
-    torch.testing.assert_close(stream(model, key, residual)[-1], offline, rtol=0, atol=1e-5)
+    torch.testing.assert_close(stream(model, key, residual)[-1], offline)
 
 
 def test_an_endless_stream_predicts_from_the_last_segments():
-    model = network(stride=2).double()
+    model = network(stride=2)
     key, residual = key_residual_split(torch.randn(1, 10, 3, 64, 64, dtype=torch.float64), 2)
     logits = stream(model, key, residual, segments=3)
     with torch.no_grad():
@@ -106,7 +113,7 @@ def test_an_endless_stream_predicts_from_the_last_segments():
 
 
 def test_within_a_segment_the_frames_so_far_count():
-    model = network(stride=4).double()
+    model = network(stride=4)
     key, residual = key_residual_split(torch.randn(1, 4, 3, 64, 64, dtype=torch.float64), 4)
     logits = stream(model, key, residual)
     model.stride = 3  # the same network on a segment without its last frame
@@ -116,7 +123,7 @@ def test_within_a_segment_the_frames_so_far_count():
 
 def test_interleaved_streams_do_not_disturb_each_other():
     model = network(stride=4)
-    videos = [key_residual_split(torch.randn(1, 8, 3, 64, 64), 4) for _ in range(2)]
+    videos = [key_residual_split(torch.randn(1, 8, 3, 64, 64, dtype=torch.float64), 4) for _ in range(2)]
     alone = [stream(model, key, residual)[-1] for key, residual in videos]
     states, logits = [StreamState(2), StreamState(2)], [None, None]
     for segment in range(2):
@@ -131,7 +138,7 @@ def test_interleaved_streams_do_not_disturb_each_other():
 
 def test_a_state_may_be_continued_twice():
     model = network(stride=4)
-    key, residual = key_residual_split(torch.randn(1, 4, 3, 64, 64), 4)
+    key, residual = key_residual_split(torch.randn(1, 4, 3, 64, 64, dtype=torch.float64), 4)
     state = start_segment(model, key[:, 0], StreamState(1))
     _, state = step(model, residual[:, 0, 0], state)
     first, after = step(model, residual[:, 0, 1], state)
@@ -146,10 +153,10 @@ def test_a_state_may_be_continued_twice():
 @pytest.mark.gpu
 def test_with_the_kernels_of_a_gpu():
     model = network(lif_backend="reference").to("cuda")
-    fused = ReSpike(num_classes=7, lif_backend="triton").to("cuda").eval()
+    fused = ReSpike(num_classes=7, lif_backend="triton").to("cuda").eval().double()
     fused.load_state_dict(model.state_dict())
-    key, residual = key_residual_split(torch.randn(1, 4, 3, 64, 64, device="cuda"), 4)
-    torch.testing.assert_close(stream(fused, key, residual), stream(model, key, residual), rtol=0, atol=1e-4)
+    key, residual = key_residual_split(torch.randn(1, 4, 3, 64, 64, dtype=torch.float64, device="cuda"), 4)
+    torch.testing.assert_close(stream(fused, key, residual), stream(model, key, residual))
 
 
 def test_other_neurons_are_refused(monkeypatch):
