@@ -61,7 +61,7 @@ def parse_args() -> argparse.Namespace:
     # fmt: off
     yes_no = argparse.BooleanOptionalAction
     add = parser.add_argument_group("data; not given: as in the checkpoint's run").add_argument
-    add("--data-root", metavar="FOLDER", help="folder of the videos")
+    add("--data-root", metavar="FOLDER", help="folder of the videos; of the demo, the one with videos/ and splits/")
     add("--annotation-path", metavar="FOLDER", help="folder of the split files (HMDB-51, UCF-101)")
     add("--split", choices=("1", "2", "3", "all"), help="official split; all: mean and deviation over three runs")
     add("--val-list", metavar="FILE", help="list of the videos to test on (Kinetics-400, lists)")
@@ -78,8 +78,8 @@ def parse_args() -> argparse.Namespace:
     add("--device", metavar="NAME", help="cuda, cuda:1 or cpu; not given: cuda if there is a GPU")
     add = parser.add_argument_group("energy").add_argument
     add("--energy", action="store_true", help="count the operations of the clips tested, and estimate their energy")
-    add("--mac-pj", type=number(0), default=Constants.mac_pj, metavar="PJ", help="picojoule a multiply-add")
-    add("--ac-pj", type=number(0), default=Constants.ac_pj, metavar="PJ", help="picojoule an accumulate")
+    add("--mac-pj", type=number(0.001), default=Constants.mac_pj, metavar="PJ", help="picojoule a multiply-add")
+    add("--ac-pj", type=number(0.001), default=Constants.ac_pj, metavar="PJ", help="picojoule an accumulate")
     add("--baseline", nargs="+", default=[], metavar="CHECKPOINT",
         help="other runs, for example with --branches ann: tested on the same videos and counted alike")
     add = parser.add_argument_group("output").add_argument
@@ -87,6 +87,8 @@ def parse_args() -> argparse.Namespace:
     add("--export", metavar="FILE.safetensors", help="write weights and settings to this file, and test nothing")
     # fmt: on
     args = parser.parse_args()
+    if args.export is not None and (args.energy or len(args.checkpoints) > 1):
+        raise UserError("--export: writes one network and tests nothing; give one checkpoint, and no --energy")
     if args.split == "all" and len(args.checkpoints) != 3:
         raise UserError(f"--split all: expected the runs of splits 1, 2 and 3, got {len(args.checkpoints)} checkpoints")
     if args.split != "all" and len(args.checkpoints) != 1:
@@ -122,13 +124,14 @@ def main() -> int:
 def test_run(args: argparse.Namespace, path: str, out: str | None, runtime: Runtime) -> dict:
     """Test one network and write what came out into the folder `out`. Returns the content of evaluation.json."""
     trained = runtime.in_all(load_trained, Path(path))
+    others = [runtime.in_all(load_trained, Path(other)) for other in args.baseline]
     folder = Path(out or trained.path.parent)
     runtime.from_main(_make, folder)
     print(f"network: {trained.path}, trained for {trained.epochs} epochs")
     tested = test_network(args, trained, runtime)
     result = tested.result
     if args.energy:
-        result["energy"] = energy(args, tested, runtime)
+        result["energy"] = energy(args, tested, others, runtime)
     runtime.from_main(write_all, folder, tested, result)
     print_result(result, folder)
     return result
@@ -200,13 +203,14 @@ def test_network(args: argparse.Namespace, trained: TrainedNetwork, runtime: Run
 # ---- energy -------------------------------------------------------------------------------------------
 
 
-def energy(args: argparse.Namespace, tested: Tested, runtime: Runtime) -> dict:
-    """The energy of a clip of the tested network, beside other networks."""
+def energy(args: argparse.Namespace, tested: Tested, networks: list[TrainedNetwork], runtime: Runtime) -> dict:
+    """The energy of a clip of the tested network, beside that of other networks. `networks` are tested too."""
     constants, trained = Constants(args.mac_pj, args.ac_pj), tested.trained
     clip = (trained.frames, trained.size)
     others = baselines(tested.model, *clip, len(trained.classes), constants)
-    for path in args.baseline:
-        other = test_network(args, runtime.in_all(load_trained, Path(path)), runtime)
+    for path, network in zip(args.baseline, networks, strict=True):
+        print(f"baseline: {network.path}, trained for {network.epochs} epochs")
+        other = test_network(args, network, runtime)
         report = network_energy(other, constants, runtime)
         others[str(path)] = {
             "macs": count_operations(other.model, other.trained.frames, other.trained.size)["total.macs"],
@@ -255,6 +259,9 @@ def write_all(folder: Path, tested: Tested, result: dict) -> None:
 def print_result(result: dict, folder: Path) -> None:
     if "energy" in result:
         print(format_report(result["energy"]), end="\n\n")
+        for name, other in result["energy"]["baselines"].items():
+            if "video_top1" in other:
+                print(f"{name}: video top-1 {other['video_top1']:.2f} %")
         print(f"a video of {result['protocol']['views']} x {result['protocol']['crops']} clips: "
               f"{result['energy']['video_mj']:.1f} mJ")  # fmt: skip
     if "per_class" in result:  # in the process that writes

@@ -52,7 +52,8 @@ def parse_args() -> argparse.Namespace:
     # fmt: off
     parser = ArgumentParser(description="Top-5 classes of videos, or a running prediction of a stream.")
     add = parser.add_argument
-    add("checkpoint", metavar="CHECKPOINT", help="best.pt or last.pt of a run folder, or an exported .safetensors file")
+    add("checkpoint", metavar="CHECKPOINT",
+        help="a checkpoint, a run folder for its best.pt, or an exported .safetensors file")
     add("videos", nargs="*", metavar="VIDEO",
         help="a video, a folder (all videos below it), or - for paths from standard input, one a line")
     add("--list", metavar="FILE", help="paths of videos, one a line; they start from the current folder")
@@ -96,7 +97,12 @@ def main() -> int:
         return stream(model, runtime, args.stream, args.realtime, args.timeout, args.json)
 
     failures = Failures()
+    if args.save is not None:
+        with writing(args.save, about="save"):
+            Path(args.save).mkdir(parents=True, exist_ok=True)
     paths = list(failures.keep(find_videos(args.videos, args.list)))
+    if not paths and not failures.count:
+        raise UserError("no video: standard input, or the --list, names none")
     infos = VideoIndex(None).lookup(paths, workers=cpu_count())
     readable = [path for path in paths if not failures.note(infos[path].error)]
     views, crops = args.views or trained.flags.get("views", 1), args.crops or trained.flags.get("crops", 1)
@@ -108,8 +114,6 @@ def main() -> int:
         else:
             print(path, *(f"{100 * share:8.1f} %  {name}" for name, share in best), sep="\n", flush=True)
     if args.save is not None:
-        with writing(args.save, about="save"):
-            Path(args.save).mkdir(parents=True, exist_ok=True)
         for path, target in zip(readable, annotated_names(readable, Path(args.save)), strict=True):
             failures.note(save_annotated(model, runtime, path, infos[path], Clips(trained), target))
     return 1 if failures.count else 0

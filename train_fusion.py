@@ -195,7 +195,9 @@ def find_videos(args: argparse.Namespace, run: RunFolder) -> tuple[list[str], Vi
     data_set = DATA_SETS[args.dset]
     data_root = args.data_root or data_set.data_root
     annotation_path = args.annotation_path or data_set.annotation_path
-    if args.dset == "demo":
+    if args.dset == "demo" and args.test_only:
+        data_root, annotation_path = Path(data_root) / "videos", Path(data_root) / "splits"
+    elif args.dset == "demo":
         data_root, annotation_path = generate_demo(Path(data_root), DemoSettings(), workers=cpu_count())
     split = data_set.read(data_root, annotation_path, args.split)
     if args.test_only:
@@ -269,6 +271,8 @@ def build(
         weights=args.weights if starts and args.init is None else None,
         lif_backend=args.lif_backend, pack_spikes=args.pack_spikes,
     )  # fmt: skip
+    if checkpoint is not None and args.init is not None:
+        print(f"note: --init is not used: the run continues from {checkpoint.path}")
     if starts and args.init is not None:
         print(initialise(model, settings, Path(args.init)))
     if args.freeze == "ann":

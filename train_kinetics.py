@@ -271,6 +271,8 @@ def build(
         weights=args.weights if starts and args.init is None else None,
         lif_backend=args.lif_backend, pack_spikes=args.pack_spikes,
     )  # fmt: skip
+    if checkpoint is not None and args.init is not None:
+        print(f"note: --init is not used: the run continues from {checkpoint.path}")
     if starts and args.init is not None:
         print(initialise(model, settings, Path(args.init)))
     if args.freeze == "ann":

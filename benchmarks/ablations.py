@@ -22,6 +22,7 @@ from pathlib import Path
 from benchmarks.sweep import ROOT, Run, mean_deviation, run_all, write_tables
 from utils.errors import ArgumentParser
 from utils.script import run_script
+from utils.training.flags import whole
 
 # ---- edit here: flags of every run, and what each variant changes. The flags behind `--` come between. --------
 BASE = "-T 16 --stride 4 --residual key --branches both --fusion cross --downsample"
@@ -46,11 +47,13 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME", help="variants: "
         f"{', '.join(VARIANTS)}")  # fmt: skip
     parser.add_argument(
-        "--jobs", type=int, default=1, metavar="N", help="trainings at once; each has cores / N threads"
+        "--jobs", type=whole(1), default=1, metavar="N", help="trainings at once; each has cores / N threads"
     )
     parser.add_argument("--script", default="train_fusion.py", metavar="FILE", help="or train_kinetics.py")
     parser.add_argument("flags", nargs="*", metavar="-- FLAGS", help="of the training script")
-    return parser.parse_args()
+    args = parser.parse_args()
+    args.seeds = list(dict.fromkeys(args.seeds))
+    return args
 
 
 def main() -> int:

@@ -21,6 +21,7 @@ from utils.device import cpu_count
 from utils.errors import ArgumentParser
 from utils.files import writing
 from utils.script import run_script
+from utils.training.flags import whole
 
 # ---- edit here -------------------------------------------------------------------------------------------------
 BASE = (
@@ -37,10 +38,12 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--data-root", default="data/demo", metavar="FOLDER", help="the demo's videos")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], metavar="N", help="three runs each")
     parser.add_argument(
-        "--jobs", type=int, default=1, metavar="N", help="trainings at once; each has cores / N threads"
+        "--jobs", type=whole(1), default=1, metavar="N", help="trainings at once; each has cores / N threads"
     )
     parser.add_argument("flags", nargs="*", metavar="-- FLAGS", help="of train_kinetics.py")
-    return parser.parse_args()
+    args = parser.parse_args()
+    args.seeds = list(dict.fromkeys(args.seeds))
+    return args
 
 
 def main() -> int:

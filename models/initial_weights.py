@@ -24,9 +24,12 @@ def initialise(model: ReSpike, settings: dict, path: Path) -> str:
     published = load_state_dict_only(path) if path.suffix != SUFFIX and path.is_file() else None
     if published is not None:
         about = "weights of the published code"
-        weights, same_classes = _from_published(model, published)
+        weights, same_classes = _from_published(model, published, path)
     else:
-        trained = load_trained(path)
+        try:
+            trained = load_trained(path)
+        except UserError as error:
+            raise UserError(str(error), about="init") from error
         for name, flag in _SHAPING.items():
             if trained.settings[name] != settings[name]:
                 raise UserError(
@@ -48,9 +51,12 @@ def initialise(model: ReSpike, settings: dict, path: Path) -> str:
     return f"network: starts from {path} ({about}){'' if same_classes else '; the head is new: other classes'}"
 
 
-def _from_published(model: ReSpike, state_dict: dict[str, Tensor]) -> tuple[dict[str, Tensor], bool]:
+def _from_published(model: ReSpike, state_dict: dict[str, Tensor], path: Path) -> tuple[dict[str, Tensor], bool]:
     """(the weights under this project's names, whether they have a head of as many classes)"""
     state_dict = {name.removeprefix("module."): value for name, value in state_dict.items()}
     own_head = {f"fc.{name}": value for name, value in model.head.state_dict().items()}
     same_classes = len(state_dict.get("fc.bias", ())) == model.head.out_features
-    return rename_published_state_dict(state_dict if same_classes else state_dict | own_head, model), same_classes
+    try:
+        return rename_published_state_dict(state_dict if same_classes else state_dict | own_head, model), same_classes
+    except UserError as error:
+        raise UserError(f"{path}: {error}; weights of a ResNet alone go to --weights", about="init") from error

@@ -57,6 +57,10 @@ def save_checkpoint(path: Path, state: dict, keep: int = 1) -> None:
 def load_checkpoint(path: Path) -> dict:
     """Read a checkpoint onto the CPU. Raises UserError if it is absent or not of this project, and
     DamagedCheckpointError if it is damaged."""
+    if path.is_dir():
+        raise UserError(
+            f"{path}: is a folder; name a checkpoint in it, or continue it with --run-dir and --resume auto"
+        )
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint")
     try:

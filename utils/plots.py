@@ -43,7 +43,7 @@ _CLIPS_SHOWN = 4
 _SEGMENTS_SHOWN = 2
 _ROWS_SHOWN = 4  # key frames with their attention
 _NEURONS_SHOWN = 40  # of a layer, in the raster
-_BINS = 10  # of confidence
+_BINS = 15  # of confidence
 _MOST_CLASSES_COUNTED = 12  # a larger confusion matrix shows no numbers
 _MOST_CLASSES_NAMED = 120  # a larger one shows no names
 # Okabe and Ito's colours, which the colour-blind can tell apart.
@@ -498,7 +498,9 @@ def _by_name(folders: list[Path]) -> dict[str, Path]:
 
 def parse_args() -> argparse.Namespace:
     parser = ArgumentParser(prog="python -m utils.plots", description="Pictures of runs, and of a network at work.")
-    parser.add_argument("paths", nargs="+", type=Path, metavar="RUN", help="run folders; with --clip, one checkpoint")
+    parser.add_argument(
+        "paths", nargs="+", type=Path, metavar="RUN", help="run folders; with --clip, one checkpoint or run folder"
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="picture: .png, .pdf or .svg; with "
         "--clip, a folder")  # fmt: skip
     parser.add_argument("--energy", action="store_true", help="accuracy against energy in place of training curves")

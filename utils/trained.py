@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from utils.checkpoint import EARLIER_FLAGS, EARLIER_SETTINGS, load_checkpoint
+from utils.checkpoint import EARLIER_FLAGS, EARLIER_SETTINGS, DamagedCheckpointError, load_checkpoint
 from utils.errors import UserError
 from utils.files import write_atomically, writing
 
@@ -72,7 +72,13 @@ def load_trained(path: Path) -> TrainedNetwork:
     if path.suffix == SUFFIX:
         trained = _load_exported(path)
     else:
-        state = load_checkpoint(path)
+        try:
+            state = load_checkpoint(path)
+        except DamagedCheckpointError as error:
+            raise UserError(
+                f"{path}: not a readable checkpoint ({type(error.__cause__).__name__}); best.pt, last.pt, or a "
+                f"{SUFFIX} file of evaluate.py --export is expected"
+            ) from error
         try:
             trained = TrainedNetwork(
                 path, state["model"], EARLIER_SETTINGS | state["model_settings"], EARLIER_FLAGS | state["flags"],

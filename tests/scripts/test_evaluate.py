@@ -95,11 +95,12 @@ def test_energy_of_the_tested_clips(monkeypatch, capfd, runs, tmp_path):
 
 
 def test_other_constants(monkeypatch, capfd, runs, tmp_path):
-    flags = {"--energy": None, "--mac-pj": 0, "--ac-pj": 2}
+    flags = {"--energy": None, "--mac-pj": 1, "--ac-pj": 2}
     result, _ = evaluated(monkeypatch, capfd, runs, "fusion", tmp_path, **flags)
     parts = result["energy"]["parts"]
-    accumulates = parts["spiking_convs"]["operations"] + parts["neuron_updates"]["operations"]
-    assert result["energy"]["total_mj"] == pytest.approx(2e-9 * accumulates)
+    picojoule = {"mac": 1, "ac": 2, "mac+ac": 3}
+    want = sum(1e-9 * picojoule[part["kind"]] * part["operations"] for part in parts.values())
+    assert result["energy"]["total_mj"] == pytest.approx(want)
 
 
 @pytest.mark.parametrize("processes", [2, 3])
@@ -165,6 +166,8 @@ def test_mistakes_are_one_line(monkeypatch, capfd, runs, tmp_path):
         ({fusion: None, "--split": "all"}, r"--split all: expected the runs of splits 1, 2 and 3, got 1"),
         ({fusion: None, "--baseline": kinetics}, r"--baseline: .* it goes with --energy"),
         ({fusion: None, "--export": tmp_path / "x.pt"}, r"--export .*must end in \.safetensors"),
+        ({fusion: None, "--export": tmp_path / "x.safetensors", "--energy": None}, r"--export: writes one network"),
+        ({fusion: None, "--energy": None, "--mac-pj": "0"}, r"--mac-pj must be at least 0\.001, got 0"),
         ({fusion: None, "--crops": 2}, r"--crops"),
         ({fusion: None, "--out": runs["fusion"] / "best.pt" / "x", **index}, r"--out .*cannot be written"),
     ):

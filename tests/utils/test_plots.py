@@ -215,7 +215,7 @@ def test_mistakes_are_one_line(tmp_path, monkeypatch, capfd):
     (run / "evaluation.json").write_text('{"video_top1": 1.0}')
     refuse(r"evaluation.json: expected accuracy and energy in it .*--energy", run, energy=None, out=png)
     refuse("--clip goes with one checkpoint", run, run / "b", clip="v.avi", out=tmp_path)
-    refuse("expected a checkpoint, found a folder", run, clip="v.avi", out=tmp_path)
+    refuse(r"best\.pt: no such checkpoint", run, clip="v.avi", out=tmp_path)
     (run / "metrics.jsonl").write_text("")
     refuse("has the first epoch ended", run, out=png)
     with pytest.raises(UserError, match="must end in"):

@@ -28,10 +28,11 @@ def score(
         print(f"stopped by {stop.name or 'a signal to another process'} in the test; --resume auto tests again")
         return None
     state.runtime.from_main(run.write_result, {"after_epochs": epochs, **protocol, **scored})
-    counts = scored["counts"]
+    counts, selected = scored["counts"], protocol.get("selected_on")
     print(
         f"test after {epochs} epochs: clip top-1 {scored['clip_top1']:.2f} %, video top-1 {scored['video_top1']:.2f} % "
         f"({counts['video_top1']} of {counts['videos']}), top-5 {scored['video_top5']:.2f} %"
+        f"{f', epoch selected on {selected}' if selected else ''}"
     )
     return scored
 
@@ -58,7 +59,8 @@ def conclude(
     if eval_loader is not test_loader or counts_energy:
         state.model.load_state_dict(state.runtime.from_main(load_checkpoint, run.best)["model"])
         meter = SpikeMeter(state.model) if counts_energy else None
-        test = functools.partial(score, state, test_loader, run, epochs, {"selected_on": evaluated_on, **protocol})
+        on = "these videos" if eval_loader is test_loader else "validation videos"
+        test = functools.partial(score, state, test_loader, run, epochs, {"selected_on": on, **protocol})
         try:
             scored = test(meter)
         except UserError as error:

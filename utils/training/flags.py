@@ -193,6 +193,8 @@ def _check_together(args: argparse.Namespace) -> None:
         raise UserError(f"--start_epoch {args.start_epoch} leaves none of --epochs {args.epochs} to train")
     if args.resume and args.start_epoch:
         raise UserError("--start_epoch: a resumed run continues at its checkpoint's epoch; give one of the two")
+    if args.init is not None and not Path(args.init).exists():
+        raise UserError(f"--init {args.init}: no such file")
     if args.init is not None and args.resume not in (None, "auto"):
         raise UserError("--init: a resumed run has its weights already; give --init or --resume PATH, not both")
     if args.freeze is not None and args.branches == "snn":
