@@ -63,7 +63,7 @@ class Run:
         if not self.finished():
             # evaluate.py counts the energy, of the network that the accuracy is about.
             own = ["--run-dir", str(self.folder), "--resume", "auto", "--no-energy"]
-            return [sys.executable, str(self.script), *self.flags, *own]
+            return [sys.executable, str(self.script), *own, *self.flags]
         if self.energy and EVALUATE.exists() and not (self.folder / "evaluation.json").exists():
             checkpoint = "best.pt" if self._validates() else "last.pt"
             return [sys.executable, str(EVALUATE), str(self.folder / checkpoint), "--energy"]
