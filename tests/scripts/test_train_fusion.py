@@ -10,7 +10,19 @@ from pathlib import Path
 import pytest
 
 import train_fusion
-from tests.helpers.script import TIMES, comparable, finish, metrics, refused, run_here, same_weights, start, wait_until
+from models.neurons import LIF, NEURONS
+from tests.helpers.script import (
+    TIMES,
+    all_metrics,
+    comparable,
+    finish,
+    metrics,
+    refused,
+    run_here,
+    same_weights,
+    start,
+    wait_until,
+)
 from utils.checkpoint import load_checkpoint
 
 # ---- a run ------------------------------------------------------------------------------------------
@@ -51,6 +63,21 @@ def test_tensorboard_holds_metrics_and_pictures(monkeypatch, capfd, flags):
         pytest.approx(line["video_top1"]) for line in metrics(Path(flags["--run-dir"]))
     ]
     assert "firing_rate/stage1" in events.Tags()["scalars"]
+
+
+def test_energy_is_not_counted_for_graded_spikes(monkeypatch, capfd, flags):
+    """A neuron of the user's own: the run ends with a note, not with an error."""
+
+    class Graded(LIF):
+        def forward(self, current):
+            return 0.5 + super().forward(current)  # also where nothing fires
+
+    monkeypatch.setitem(NEURONS, "graded", Graded)
+    status, out, err = run_here(monkeypatch, capfd, flags | {"--neuron": "graded", "--energy": None})
+    assert status == 0, err
+    assert "neuron Graded gives others" in out and "tested again without counting" in out
+    closing = all_metrics(Path(flags["--run-dir"]))[-1]
+    assert "energy" not in closing and closing["device_hours"] > 0
 
 
 def test_validation_selects_without_the_test_set(monkeypatch, capfd, flags):
