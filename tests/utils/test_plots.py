@@ -148,8 +148,8 @@ def test_calibration(tmp_path):
     confidence = torch.tensor([0.95, 0.85, 0.95, 0.55, 1.0])
     correct = torch.tensor([True, True, False, False, True])
     table, error = calibration(confidence, correct)
-    assert table[9].tolist() == pytest.approx([3 / 5, 2.9 / 3, 2 / 3])
-    assert table[8].tolist() == pytest.approx([1 / 5, 0.85, 1]) and math.isnan(table[0, 2])
+    assert table[14].tolist() == pytest.approx([3 / 5, 2.9 / 3, 2 / 3])
+    assert table[12].tolist() == pytest.approx([1 / 5, 0.85, 1]) and math.isnan(table[0, 2])
     assert error == pytest.approx(100 * (3 * (2.9 / 3 - 2 / 3) + 0.15 + 0.55) / 5)
     save_calibration(tmp_path / "calibration.svg", confidence, correct)
     assert f"{error:.1f}" == "32.0" and b"<svg" in (tmp_path / "calibration.svg").read_bytes()
@@ -234,7 +234,7 @@ def write_network(path, **settings):
         "fusion": "cross", "snn_batch_norm": "per-step", "classes": ["a", "b", "c"], "T": 8, "residual": "key",
         "neuron": "lif", "tau": 4 / 3, "surrogate": "atan", "alpha": 2.0,
     }  # fmt: skip
-    flags = {"size": 32, "sampling": "window", "frame_stride": 1}
+    flags = {"size": 32, "dset": "demo", "sampling": "window", "frame_stride": 1}
     export(TrainedNetwork(path, model.state_dict(), about | settings, flags, 0), path)
     return path
 
