@@ -41,6 +41,9 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", type=Path, nargs="+")
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, cpu_count()])
+    parser.add_argument(
+        "--prefetch", type=int, nargs="+", default=[2], metavar="BATCHES", help="loaded ahead by a worker"
+    )
     parser.add_argument("-T", "--time", type=int, default=16, help="frames a clip")
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("-b", "--batch-size", type=int, default=8)
@@ -103,9 +106,10 @@ def measure_rates(kinds: dict[str, dict], args) -> list[dict]:
     figures = []
     for name, sampling in (("spread", SegmentSampling(args.time)), ("contiguous", WindowSampling(args.time))):
         loaders = {
-            (kind, workers): make(known, sampling, args, workers)
+            (kind, workers, prefetch): make(known, sampling, args, workers, prefetch=prefetch)
             for kind, known in kinds.items()
             for workers in args.workers
+            for prefetch in args.prefetch
         }
         rates = {key: [] for key in loaders}
         for number in range(args.rounds + 1):
@@ -114,15 +118,17 @@ def measure_rates(kinds: dict[str, dict], args) -> list[dict]:
                 clips = one_epoch(loader, number)
                 if number > 0:  # the first starts the workers and fills the cache of files
                     rates[key].append(clips / (time.perf_counter() - start))
-        for (kind, workers), measured in rates.items():
-            rate, first = statistics.median(measured), statistics.median(rates[kind, args.workers[0]])
-            times = [a / b for a, b in zip(measured, rates["originals", workers], strict=True)]
+        for (kind, workers, prefetch), measured in rates.items():
+            rate, first = statistics.median(measured), statistics.median(rates[kind, args.workers[0], prefetch])
+            times = [a / b for a, b in zip(measured, rates["originals", workers, prefetch], strict=True)]
             print(
-                f"{name:11s} {kind:11s} {workers:2d} workers: {rate:7.1f} clips/s ({min(measured):.1f} to "
-                f"{max(measured):.1f}), {rate / first:.2f} x {args.workers[0]} workers, {statistics.median(times):.2f} "
+                f"{name:11s} {kind:11s} {workers:2d} workers, {prefetch} ahead: {rate:7.1f} clips/s "
+                f"({min(measured):.1f} to {max(measured):.1f}), {rate / first:.2f} x {args.workers[0]} workers, {statistics.median(times):.2f} "
                 f"({min(times):.2f} to {max(times):.2f}) x the originals"
             )
-            figures.append({"sampling": name, "files": kind, "workers": workers, "clips_per_second": rate})
+            figures.append(
+                {"sampling": name, "files": kind, "workers": workers, "prefetch": prefetch, "clips_per_second": rate}
+            )
         del loaders
         for kind, known in kinds.items():
             shares = stages(known, sampling, args)
@@ -134,14 +140,14 @@ def measure_rates(kinds: dict[str, dict], args) -> list[dict]:
     return figures
 
 
-def make(known: dict, sampling, args, workers: int, clips: int | None = None):
+def make(known: dict, sampling, args, workers: int, clips: int | None = None, prefetch: int = 2):
     """A loader of `clips` clips (--batches batches), the files again and again."""
     clips = clips or args.batches * args.batch_size
     paths = [list(known)[number % len(known)] for number in range(clips)]
     videos = VideoTable([VideoRecord(path, 0, "") for path in paths], [known[path] for path in paths])
     transforms = [multi_scale_crop(args.size, flip=True)]
     data = VideoDataset(videos, random_clips(videos), sampling, transforms, seed=0)
-    return make_loader(data, TrainBatchSampler(clips, args.batch_size, seed=0), workers, pin=False)
+    return make_loader(data, TrainBatchSampler(clips, args.batch_size, seed=0), workers, pin=False, prefetch=prefetch)
 
 
 def one_epoch(loader, epoch: int) -> int:

@@ -126,8 +126,9 @@ def collate(samples: list[tuple[Tensor, int, int] | FailedVideo]) -> VideoBatch:
     return VideoBatch(stacked.permute(0, 1, 4, 2, 3), torch.tensor(labels), torch.tensor(videos), failed)
 
 
-def make_loader(dataset: VideoDataset, batches: Sampler, workers: int, pin: bool) -> DataLoader:
-    """batches: of `dataset.batch_sampler`. `pin` for copies to a GPU beside computation."""
+def make_loader(dataset: VideoDataset, batches: Sampler, workers: int, pin: bool, prefetch: int = 2) -> DataLoader:
+    """batches: of `dataset.batch_sampler`. `pin` for copies to a GPU beside computation. prefetch: batches that each
+    worker loads ahead."""
     return DataLoader(
         dataset,
         batch_sampler=batches,
@@ -135,7 +136,7 @@ def make_loader(dataset: VideoDataset, batches: Sampler, workers: int, pin: bool
         collate_fn=collate,
         pin_memory=pin,
         persistent_workers=workers > 0,
-        prefetch_factor=2 if workers > 0 else None,
+        prefetch_factor=prefetch if workers > 0 else None,
         worker_init_fn=leave_signals_to_the_main_process,
         # Forked, also by newer versions of Python: workers end with the process that they are forked from.
         multiprocessing_context="fork" if workers > 0 and sys.platform == "linux" else None,
