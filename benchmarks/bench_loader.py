@@ -123,8 +123,8 @@ def measure_rates(kinds: dict[str, dict], args) -> list[dict]:
             times = [a / b for a, b in zip(measured, rates["originals", workers, prefetch], strict=True)]
             print(
                 f"{name:11s} {kind:11s} {workers:2d} workers, {prefetch} ahead: {rate:7.1f} clips/s "
-                f"({min(measured):.1f} to {max(measured):.1f}), {rate / first:.2f} x {args.workers[0]} workers, {statistics.median(times):.2f} "
-                f"({min(times):.2f} to {max(times):.2f}) x the originals"
+                f"({min(measured):.1f} to {max(measured):.1f}), {rate / first:.2f} x {args.workers[0]} workers, "
+                f"{statistics.median(times):.2f} ({min(times):.2f} to {max(times):.2f}) x the originals"
             )
             figures.append(
                 {"sampling": name, "files": kind, "workers": workers, "prefetch": prefetch, "clips_per_second": rate}
