@@ -4,8 +4,8 @@
     python evaluate.py runs/hmdb1 runs/hmdb2 runs/hmdb3 --split all --views 10 --crops 3
     torchrun --nproc-per-node 8 evaluate.py runs/kinetics/best.pt --views 10 --crops 3
 
-The checkpoint answers what a clip is and where its videos are; flags change the protocol, the place of the data and the
-machine. The videos are found and read by the code of the training script that wrote the checkpoint.
+The checkpoint holds how clips are cut and where its videos are. Flags change the protocol, the place of the data and
+the machine. The videos are found and read by the code of the training script that wrote the checkpoint.
 """
 
 import argparse
@@ -110,15 +110,20 @@ def main() -> int:
     if args.split != "all":
         test_run(args, args.checkpoints[0], args.out, runtime)
         return 0
-    runs = {runtime.in_all(load_trained, Path(path)).flags.get("split"): path for path in args.checkpoints}
-    if set(runs) != {1, 2, 3}:
-        raise UserError(f"--split all: expected one run of each of the splits 1, 2 and 3, got those of {list(runs)}")
+    runs = runtime.in_all(runs_by_split, args.checkpoints)
     results = {}
     for split, path in sorted(runs.items()):
         args.split = split
         results[split] = test_run(args, path, None if args.out is None else f"{args.out}/split{split}", runtime)
     runtime.from_main(report_splits, results, args.out)
     return 0
+
+
+def runs_by_split(checkpoints: list[str]) -> dict[int, str]:
+    runs = {load_trained(Path(path)).flags.get("split"): path for path in checkpoints}
+    if set(runs) != {1, 2, 3}:
+        raise UserError(f"--split all: expected one run of each of the splits 1, 2 and 3, got those of {list(runs)}")
+    return runs
 
 
 def test_run(args: argparse.Namespace, path: str, out: str | None, runtime: Runtime) -> dict:
@@ -133,7 +138,7 @@ def test_run(args: argparse.Namespace, path: str, out: str | None, runtime: Runt
     if args.energy:
         result["energy"] = energy(args, tested, others, runtime)
     runtime.from_main(write_all, folder, tested, result)
-    print_result(result, folder)
+    runtime.from_main(print_result, result, folder)
     return result
 
 
@@ -180,8 +185,7 @@ def test_network(args: argparse.Namespace, trained: TrainedNetwork, runtime: Run
     runtime.in_all(runs_on_triton, flags.lif_backend, torch.empty(0, device=runtime.device))  # refused if it cannot
     arguments = (flags, None) if script is train_fusion else (flags, None, trained)
     classes, *tables = runtime.from_main(script.find_videos, *arguments)
-    if classes != trained.classes:
-        raise UserError(f"{trained.path}: was trained on other classes than those of the videos; name its own data set")
+    runtime.in_all(_check_classes, classes, trained)
     data = runtime.in_all(script.load_data, flags, *tables, runtime, None)
     model = runtime.in_all(ReSpike.from_trained, trained, flags.lif_backend)
     model = model.to(runtime.device, memory_format=torch.channels_last)
@@ -200,6 +204,11 @@ def test_network(args: argparse.Namespace, trained: TrainedNetwork, runtime: Run
     return Tested(trained, model, result, *scores.of_all_ranks(runtime, len(classes)), paths, meter)
 
 
+def _check_classes(classes: list[str], trained: TrainedNetwork) -> None:
+    if classes != trained.classes:
+        raise UserError(f"{trained.path}: was trained on other classes than those of the videos; name its own data set")
+
+
 # ---- energy -------------------------------------------------------------------------------------------
 
 
@@ -213,7 +222,7 @@ def energy(args: argparse.Namespace, tested: Tested, networks: list[TrainedNetwo
         other = test_network(args, network, runtime)
         report = network_energy(other, constants, runtime)
         others[str(path)] = {
-            "macs": count_operations(other.model, other.trained.frames, other.trained.size)["total.macs"],
+            "macs": sum(part["operations"] for part in report["parts"].values() if part["kind"] == "mac"),
             "mj": report["total_mj"], "memory_mj": report["memory"]["mj"]["total"],
             "video_top1": other.result["video_top1"],
         }  # fmt: skip
@@ -224,7 +233,7 @@ def energy(args: argparse.Namespace, tested: Tested, networks: list[TrainedNetwo
 
 def network_energy(tested: Tested, constants: Constants, runtime: Runtime, others: dict | None = None) -> dict:
     clip = (tested.trained.frames, tested.trained.size)
-    spikes = spike_statistics(runtime.sum(tested.meter.sums()), tested.meter.layers)
+    spikes = spike_statistics(runtime.sum(runtime.in_all(tested.meter.sums)), tested.meter.layers)
     return energy_report(
         count_operations(tested.model, *clip), spikes, constants, count_memory(tested.model, *clip), others
     )
@@ -264,10 +273,9 @@ def print_result(result: dict, folder: Path) -> None:
                 print(f"{name}: video top-1 {other['video_top1']:.2f} %")
         print(f"a video of {result['protocol']['views']} x {result['protocol']['crops']} clips: "
               f"{result['energy']['video_mj']:.1f} mJ")  # fmt: skip
-    if "per_class" in result:  # in the process that writes
-        worst = sorted(result["per_class"].items(), key=lambda item: item[1]["top1"])[:5]
-        print("lowest classes: " + ", ".join(f"{name} {of['top1']:.0f} %" for name, of in worst))
-        print(f"expected calibration error {result['calibration_error']:.1f} %")
+    worst = sorted(result["per_class"].items(), key=lambda item: item[1]["top1"])[:5]
+    print("lowest classes: " + ", ".join(f"{name} {of['top1']:.0f} %" for name, of in worst))
+    print(f"expected calibration error {result['calibration_error']:.1f} %")
     counts = result["counts"]
     print(
         f"clip top-1 {result['clip_top1']:.2f} %, video top-1 {result['video_top1']:.2f} % "

@@ -19,10 +19,9 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.sweep import ROOT, Run, mean_deviation, run_all, write_tables
+from benchmarks.sweep import ROOT, Run, add_sweep_flags, mean_deviation, run_all, write_tables
 from utils.errors import ArgumentParser
 from utils.script import run_script
-from utils.training.flags import whole
 
 # ---- edit here: flags of every run, and what each variant changes. The flags behind `--` come between. --------
 BASE = "-T 16 --stride 4 --residual key --branches both --fusion cross --downsample"
@@ -43,17 +42,12 @@ VARIANTS = {
 def parse_args() -> argparse.Namespace:
     parser = ArgumentParser(description="Train every variant with every seed; a table in the end.")
     parser.add_argument("--out", default="runs/ablations", metavar="FOLDER", help="folder of the run folders")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], metavar="N", help="one run each a variant")
     parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME", help="variants: "
         f"{', '.join(VARIANTS)}")  # fmt: skip
-    parser.add_argument(
-        "--jobs", type=whole(1), default=1, metavar="N", help="trainings at once; each has cores / N threads"
-    )
+    add_sweep_flags(parser)
     parser.add_argument("--script", default="train_fusion.py", metavar="FILE", help="or train_kinetics.py")
     parser.add_argument("flags", nargs="*", metavar="-- FLAGS", help="of the training script")
-    args = parser.parse_args()
-    args.seeds = list(dict.fromkeys(args.seeds))
-    return args
+    return parser.parse_args()
 
 
 def main() -> int:
@@ -64,12 +58,14 @@ def main() -> int:
             out / f"{name}-{seed}", ROOT / args.script,
             (*flags, *shlex.split(VARIANTS[name]), "--seed", str(seed)),
         )
-        for seed in args.seeds  # a whole table for the first seed, before the second begins
+        for seed in dict.fromkeys(args.seeds)  # a whole table for the first seed, before the second begins
         for name in args.only
     }  # fmt: skip
 
     def table() -> str:
-        return write_table(out, flags, {name: [runs[name, seed] for seed in args.seeds] for name in args.only})
+        return write_table(
+            out, flags, {name: [runs[name, seed] for seed in dict.fromkeys(args.seeds)] for name in args.only}
+        )
 
     status = run_all(list(runs.values()), args.jobs, table)
     print(table())

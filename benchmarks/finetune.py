@@ -15,13 +15,12 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.sweep import ROOT, Run, mean_deviation, run_all, write_tables
+from benchmarks.sweep import ROOT, Run, add_sweep_flags, mean_deviation, run_all, write_tables
 from dataset.demo import CLASSES, DemoSettings, generate_demo
 from utils.device import cpu_count
 from utils.errors import ArgumentParser
 from utils.files import writing
 from utils.script import run_script
-from utils.training.flags import whole
 
 # ---- edit here -------------------------------------------------------------------------------------------------
 BASE = (
@@ -36,14 +35,9 @@ def parse_args() -> argparse.Namespace:
     parser = ArgumentParser(description="Fine-tuning against training from scratch, on the demo; a table in the end.")
     parser.add_argument("--out", default="runs/finetune", metavar="FOLDER", help="folder of the run folders")
     parser.add_argument("--data-root", default="data/demo", metavar="FOLDER", help="the demo's videos")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], metavar="N", help="three runs each")
-    parser.add_argument(
-        "--jobs", type=whole(1), default=1, metavar="N", help="trainings at once; each has cores / N threads"
-    )
+    add_sweep_flags(parser)
     parser.add_argument("flags", nargs="*", metavar="-- FLAGS", help="of train_kinetics.py")
-    args = parser.parse_args()
-    args.seeds = list(dict.fromkeys(args.seeds))
-    return args
+    return parser.parse_args()
 
 
 def main() -> int:
@@ -58,7 +52,7 @@ def main() -> int:
             flags += ["--init", str(out / f"pretrained-{seed}" / "last.pt")]
         return Run(out / f"{kind}-{seed}", ROOT / "train_kinetics.py", tuple(flags), energy=False)
 
-    runs = {kind: [run(kind, seed) for seed in args.seeds] for kind in EPOCHS}
+    runs = {kind: [run(kind, seed) for seed in dict.fromkeys(args.seeds)] for kind in EPOCHS}
 
     def table() -> str:
         return write_table(out, (*shlex.split(BASE), *args.flags), runs)

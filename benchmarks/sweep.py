@@ -16,9 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from utils.device import cpu_count
-from utils.errors import UserError
+from utils.errors import ArgumentParser, UserError
 from utils.files import write_atomically, writing
 from utils.signals import StopRequest
+from utils.training.flags import whole
 
 ROOT = Path(__file__).parents[1]
 EVALUATE = ROOT / "evaluate.py"
@@ -99,6 +100,12 @@ class Run:
 
 def _read(file: Path) -> dict:
     return json.loads(file.read_text()) if file.exists() else {}
+
+
+def add_sweep_flags(parser: ArgumentParser) -> None:
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], metavar="N", help="one of each run a seed")
+    parser.add_argument("--jobs", type=whole(1), default=1, metavar="N", help="trainings at once; each has cores / N "
+        "threads")  # fmt: skip
 
 
 def run_all(runs: Sequence[Run], jobs: int, report: Callable[[], None]) -> int:

@@ -5,9 +5,10 @@ from pathlib import Path
 from torch import Tensor
 
 from models.published_weights import rename_published_state_dict
+from models.resnet import read_state_dict
 from models.respike import ReSpike
 from utils.errors import UserError
-from utils.trained import SUFFIX, load_state_dict_only, load_trained
+from utils.trained import load_trained
 
 _SHAPING = {"backbone": "model", "branches": "branches", "fusion": "fusion", "downsample": "downsample"}  # -> flag
 
@@ -21,15 +22,16 @@ def initialise(model: ReSpike, settings: dict, path: Path) -> str:
     The head stays as it is if the classes differ; the published code names no classes, so their number decides.
     Raises UserError if the network there has another backbone or variant.
     """
-    published = load_state_dict_only(path) if path.suffix != SUFFIX and path.is_file() else None
-    if published is not None:
+    try:
+        trained = load_trained(path)
+    except UserError as refusal:
+        try:
+            published = read_state_dict(path)
+        except UserError:
+            raise UserError(str(refusal), about="init") from refusal
         about = "weights of the published code"
         weights, same_classes = _from_published(model, published, path)
     else:
-        try:
-            trained = load_trained(path)
-        except UserError as error:
-            raise UserError(str(error), about="init") from error
         for name, flag in _SHAPING.items():
             if trained.settings[name] != settings[name]:
                 raise UserError(

@@ -380,8 +380,8 @@ class SpikeMeter:
     """Counts the spikes of a ReSpike and their accumulates, in every forward pass (evaluation) in the `with` block.
 
     The counts are integers, the same for every backend of the neurons and every precision that gives the same spikes.
-    Raises RuntimeError if a layer that takes spikes is given other values than 0 and 1, UserError if these are the
-    spikes of a neuron that a user has defined.
+    Raises RuntimeError if a layer that takes spikes is given other values than 0 and 1. If these are the spikes of a
+    neuron that a user has defined, the pass goes on, because other ranks wait in it, and `sums` raises UserError.
     """
 
     # Columns of `sums`. The last row is the total over all layers.
@@ -392,6 +392,7 @@ class SpikeMeter:
         self._convs = {name: conv for name, (_, conv) in _spiking_convs(self._model).items()}
         self.layers = list(self._convs)
         self.clips = 0
+        self._graded: str | None = None  # why the counts are worth nothing
         device = next(self._model.parameters()).device
         self._sums = torch.zeros(len(self.layers) + 1, len(self.COLUMNS), dtype=torch.float64, device=device)
         self._seen: dict[str, tuple[Tensor, ...]] = {}
@@ -445,7 +446,7 @@ class SpikeMeter:
             graded, accumulates, spikes, sizes = (torch.stack(values) for values in seen)
             for name, is_graded in zip(self._seen, graded.tolist(), strict=True):
                 if is_graded:
-                    self._refuse(name)
+                    self._note_graded(name)
         else:
             accumulates, spikes = self._sums.new_zeros(0, self._batch), self._sums.new_zeros(0)
             sizes = self._sums.new_zeros(0, 2)
@@ -457,16 +458,18 @@ class SpikeMeter:
         self._sums = self._sums + torch.cat([clips, moments, rest], dim=1)
         self.clips += self._batch
 
-    def _refuse(self, name: str) -> None:
+    def _note_graded(self, name: str) -> None:
         neurons = {type(layer) for layers in self._model.lif_layers().values() for layer in layers} - {LIF}
-        if neurons:
-            own = ", ".join(sorted(neuron.__name__ for neuron in neurons))
-            raise UserError(f"energy is counted for spikes of 0 and 1; neuron {own} gives others at {name}")
-        raise RuntimeError(f"{name}: expected spikes of 0 and 1, found other values")
+        if not neurons:
+            raise RuntimeError(f"{name}: expected spikes of 0 and 1, found other values")
+        own = ", ".join(sorted(neuron.__name__ for neuron in neurons))
+        self._graded = self._graded or f"energy is counted for spikes of 0 and 1; neuron {own} gives others at {name}"
 
     def sums(self) -> Tensor:
         """float64 [layers + 1, COLUMNS], on the device of the model: may be added up over ranks (`Runtime.sum`), then
-        read by `spike_statistics`."""
+        read by `spike_statistics`. Raises UserError if neurons of the user's own gave other values than 0 and 1."""
+        if self._graded is not None:
+            raise UserError(self._graded)
         return self._sums
 
 

@@ -4,7 +4,6 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -117,13 +116,3 @@ def export(trained: TrainedNetwork, path: Path) -> None:
     weights = {name: value.contiguous() for name, value in trained.weights.items()}
     with writing(path):
         write_atomically(path, save(weights, {"format": "pt", _ENTRY: json.dumps(about, default=str)}))
-
-
-def load_state_dict_only(path: Path) -> dict[str, Tensor] | None:
-    """The tensors of a file that holds nothing else, as the published code saves them; None for any other file."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:  # torch.load raises many types; `load_trained` reports what the file is
-        return None
-    is_state_dict = isinstance(state, dict) and state and all(isinstance(value, Tensor) for value in state.values())
-    return state if is_state_dict else None

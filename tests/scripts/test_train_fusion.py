@@ -75,7 +75,7 @@ def test_energy_is_not_counted_for_graded_spikes(monkeypatch, capfd, flags):
     monkeypatch.setitem(NEURONS, "graded", Graded)
     status, out, err = run_here(monkeypatch, capfd, flags | {"--neuron": "graded", "--energy": None})
     assert status == 0, err
-    assert "neuron Graded gives others" in out and "tested again without counting" in out
+    assert "neuron Graded gives others" in out and "the run ends without it" in out
     closing = all_metrics(Path(flags["--run-dir"]))[-1]
     assert "energy" not in closing and closing["device_hours"] > 0
 

@@ -1,13 +1,12 @@
 """The end of a run: the best epoch, its test, its energy, and what the run took."""
 
 import contextlib
-import functools
 import math
 
 from dataset.device_loader import DeviceLoader
 from utils.checkpoint import load_checkpoint
 from utils.energy import SpikeMeter, count_operations, energy_report, spike_statistics
-from utils.errors import UserError
+from utils.errors import OtherProcessError, UserError
 from utils.figures import as_image
 from utils.plots import attention_figure, firing_rate_figure, record
 from utils.run_folder import RunFolder
@@ -46,8 +45,8 @@ def conclude(
     if state.best["epoch"] is None:
         print(f"no epoch was left to train: the checkpoint is at epoch {state.position.epoch}")
         return
-    epochs = state.best["epoch"] + 1
-    if eval_loader is test_loader:
+    epochs, on_test_videos = state.best["epoch"] + 1, eval_loader is test_loader
+    if on_test_videos:
         print(
             f"best {evaluated_on} video top-1 {state.best['video_top1']:.2f} % at epoch {epochs}, "
             f"{protocol['views']} x {protocol['crops']} clips a video: selected on the {evaluated_on} set "
@@ -55,35 +54,39 @@ def conclude(
         )
     else:
         print(f"best epoch, selected on validation videos: {epochs}")
-    closing = {"best_epoch": state.best["epoch"], **state.best, **state.runtime.from_main(_cost, state, run)}
-    if eval_loader is not test_loader or counts_energy:
+    closing = {"best_epoch": state.best["epoch"], "video_top1": state.best["video_top1"]}
+    closing |= state.runtime.from_main(_cost, state, run)
+    if counts_energy or not on_test_videos:
         state.model.load_state_dict(state.runtime.from_main(load_checkpoint, run.best)["model"])
         meter = SpikeMeter(state.model) if counts_energy else None
-        on = "these videos" if eval_loader is test_loader else "validation videos"
-        test = functools.partial(score, state, test_loader, run, epochs, {"selected_on": on, **protocol})
-        try:
-            scored = test(meter)
-        except UserError as error:
-            if meter is None:
-                raise
-            print(f"note: {error}; tested again without counting")  # a neuron of the user's own
-            meter, scored = None, test()
+        selected = {"selected_on": "these videos" if on_test_videos else "validation videos"}
+        scored = score(state, test_loader, run, epochs, selected | protocol, meter)
         if scored is None:
             return
         closing["video_top1"] = scored["video_top1"]
         if meter is not None:
-            spikes = spike_statistics(state.runtime.sum(meter.sums()), meter.layers)
-            clip = (protocol["frames"], protocol["size"])
-            closing["energy"] = energy_report(count_operations(state.model, *clip), spikes)
-        if counts_energy:
-            state.runtime.from_main(_draw_network, state, test_loader, run)
-    del closing["epoch"]
+            closing |= _energy(state, meter, protocol)
     state.runtime.from_main(run.add_closing, closing)
     energy = f", {closing['energy']['total_mj']:.2f} mJ a clip by estimate" if "energy" in closing else ""
     print(
         f"run: {closing['device_hours']:.2f} device-hours, {closing['clips_per_second']:.1f} training clips/s, "
         f"{closing['peak_memory_bytes'] / 2**30:.2f} GiB at most{energy}"
     )
+    if counts_energy:
+        state.runtime.from_main(_draw_network, state, test_loader, run)
+
+
+def _energy(state: TrainingState, meter: SpikeMeter, protocol: dict) -> dict:
+    """{"energy": the report}, or nothing for neurons whose spikes are not 0 and 1."""
+    try:
+        sums = state.runtime.sum(state.runtime.in_all(meter.sums))
+    except OtherProcessError:
+        return {}
+    except UserError as error:
+        print(f"note: {error}; the run ends without it")
+        return {}
+    counts = count_operations(state.model, protocol["frames"], protocol["size"])
+    return {"energy": energy_report(counts, spike_statistics(sums, meter.layers))}
 
 
 def _cost(state: TrainingState, run: RunFolder) -> dict:
@@ -101,17 +104,17 @@ def _cost(state: TrainingState, run: RunFolder) -> dict:
 
 def _draw_network(state: TrainingState, loader: DeviceLoader, run: RunFolder) -> None:
     """Firing rates, and where the SNN looks, for a few clips at the end of a run."""
-    pictures = {}
     try:
-        batch = loader.split(loader.first_clips(4))
-        with state.runtime.autocast():
-            recording = record(state.model, batch.key, batch.residual)
-        if recording.spikes:
-            pictures["firing_rates"] = as_image(firing_rate_figure(recording))
-        if recording.attention:
-            first_segments = range(0, len(recording.key), recording.key_frames)
-            pictures["attention"] = as_image(attention_figure(recording, first_segments))
-    except Exception as error:  # the run is done and saved: a picture must not end it
-        print(f"note: spikes and attention were not drawn ({type(error).__name__}: {error})")
-    for name, picture in pictures.items():
-        run.add_picture(name, picture, state.position.epoch)
+        clips = loader.first_clips(4)
+    except UserError:  # --strict: a video that the test has read is gone
+        return
+    if not len(clips.labels):
+        return
+    batch = loader.split(clips)
+    with state.runtime.autocast():
+        recording = record(state.model, batch.key, batch.residual)
+    if recording.spikes:
+        run.add_picture("firing_rates", as_image(firing_rate_figure(recording)), state.position.epoch)
+    if recording.attention:
+        first_segments = range(0, len(recording.key), recording.key_frames)
+        run.add_picture("attention", as_image(attention_figure(recording, first_segments)), state.position.epoch)
