@@ -100,6 +100,7 @@ DEFAULTS = dict(
     pack_spikes=False,  # one bit a spike kept for the backward pass
     deterministic=False,
     compile=False,
+    cuda_graphs=False,  # for small batches: the host launches two graphs a batch instead of thousands of kernels
     device=None,  # None: cuda if there is a GPU
     # run folder
     run_dir=None,  # None: named for what it trains, in runs/
@@ -166,6 +167,7 @@ def main() -> int:
         schedule=lambda epoch: cosine_with_warmup(epoch, args.epochs, args.warmup_epochs),
         accumulation_steps=args.accumulate, clip_norm=args.clip_norm,
         checkpoint_minutes=args.checkpoint_minutes, keep=args.keep, log_every=args.log_every,
+        cuda_graphs=args.cuda_graphs,
     )  # fmt: skip
     if finished:
         conclude(

@@ -21,9 +21,10 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.plain_respike import PlainReSpike, plain_split
-from dataset.residual import key_residual_split
+from dataset.residual import PADDED_CHANNELS, key_residual_split
 from models import ReSpike
 from models.neurons import BACKENDS
+from utils.cuda_graphs import GraphedNetwork
 from utils.device import choose_algorithms
 from utils.runtime import Runtime
 
@@ -63,9 +64,12 @@ def main() -> None:
     builds = {
         "plain float32": (plain, plain_split, clip.contiguous(), None),
         "ours float32": (ours, key_residual_split, clip, None),
-        "ours bfloat16": (ours, key_residual_split, clip, torch.bfloat16),
-        "ours, --pack-spikes": (packed, key_residual_split, clip, torch.bfloat16),
+        "ours bfloat16": (ours, loader_split, clip, torch.bfloat16),
+        "ours, --pack-spikes": (packed, loader_split, clip, torch.bfloat16),
     }
+    if device.type == "cuda":
+        builds["ours, 3 channels"] = (ours, key_residual_split, clip, torch.bfloat16)
+        builds["ours, --cuda-graphs"] = (GraphedNetwork(ours), loader_split, clip, torch.bfloat16)
     optimizers = {  # steps of size zero: all builds keep the same weights
         build: torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9, fused=True)
         for build, (model, *_) in builds.items()
@@ -79,7 +83,7 @@ def main() -> None:
     figures = report(args, device, times, peaks)
     if args.profile:
         with Runtime(device, torch.bfloat16).autocast():
-            split = functools.partial(key_residual_split, dtype=torch.bfloat16)
+            split = functools.partial(loader_split, dtype=torch.bfloat16)
             profile(device, ours.train(), split, clip, labels, args.stride, optimizers["ours bfloat16"])
     if args.json:
         with open(args.json, "w") as file:
@@ -88,6 +92,11 @@ def main() -> None:
                 file,
                 indent=2,
             )
+
+
+def loader_split(clip, stride, dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `dataset.device_loader.DeviceLoader` gives frames in half precision."""
+    return key_residual_split(clip, stride, dtype, channels=PADDED_CHANNELS if clip.is_cuda else 3)
 
 
 def training_step(model, split, clip, labels, stride, optimizer) -> None:
@@ -135,8 +144,8 @@ def measure(args, device, builds: dict, optimizers: dict, labels) -> tuple[dict,
         for task, (function, training) in TASKS.items():
             for build, (model, split, clip, precision) in builds.items():
                 model.train(training)
-                if split is key_residual_split:
-                    split = functools.partial(key_residual_split, dtype=precision)
+                if split is not plain_split:
+                    split = functools.partial(split, dtype=precision)
                 arguments = (model, split, clip, labels, args.stride, optimizers[build])
                 if device.type == "cuda":
                     torch.cuda.reset_peak_memory_stats(device)

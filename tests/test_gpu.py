@@ -14,6 +14,7 @@ from tests.helpers.script import command_line, finish, metrics, start_python
 from tests.models.conftest import exact_on_a_gpu  # noqa: F401 - runs before each test
 from tests.models.test_golden import CASES, GOLDEN, TOLERANCE, build, golden_input
 from tests.utils.training.test_engine import make_loader
+from utils.cuda_graphs import GraphedNetwork
 from utils.device import choose_precision
 
 pytestmark = pytest.mark.gpu
@@ -113,6 +114,23 @@ def test_replayed_as_a_cuda_graph(cuda, options):
         torch.testing.assert_close(got, want, rtol=2e-2, atol=2e-2)
 
 
+def test_graphed_network_trains_as_the_plain_one(cuda):
+    """Losses, weights and running statistics over some optimizer steps; one batch is smaller than the others."""
+    results = []
+    for graphed in (False, True):
+        model = fused_network(cuda)
+        network = GraphedNetwork(model) if graphed else model
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+        losses = []
+        for clips in (2, 2, 1, 2, 2):
+            torch.manual_seed(len(losses))
+            losses.append(training_step(network, clip(cuda)[:clips])[0])
+            optimizer.step()
+        results.append([torch.stack(losses), *model.parameters(), *model.buffers()])
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, rtol=2e-2, atol=2e-2)
+
+
 def test_compiled_network_agrees(cuda):
     model, frames = fused_network(cuda, branches="snn"), clip(cuda)
     want = training_step(model, frames, None)
@@ -123,7 +141,7 @@ def test_compiled_network_agrees(cuda):
 
 @pytest.mark.parametrize(
     "flags",
-    [{}, {"--compile": None}, {"--no-amp": None}, {"--pack-spikes": None}, {"--deterministic": None}],
+    [{}, *({flag: None} for flag in ("--compile", "--cuda-graphs", "--no-amp", "--pack-spikes", "--deterministic"))],
     ids=lambda flags: next(iter(flags), "plain"),
 )
 def test_training_runs_on_the_gpu(cuda, tiny_demo, tmp_path, monkeypatch, flags):

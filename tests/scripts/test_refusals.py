@@ -32,6 +32,7 @@ BAD_FLAGS = {
     "lif backend": ({"--lif-backend": "cuda"}, r"--lif-backend: invalid choice: 'cuda'.*triton"),
     "device": ({"--device": "tpu"}, r"--device tpu: expected"),
     "cuda": ({"--device": "cuda:99"}, r"--device cuda:99: this machine has \d+ CUDA devices"),
+    "cuda graphs": ({"--cuda-graphs": None, "--device": "cpu"}, r"--cuda-graphs needs a GPU, .* got --device cpu"),
     "data root": ({"--data-root": "/nowhere/videos"}, r"--data-root /nowhere/videos: no such folder"),
     "lists": ({"--annotation-path": "/nowhere"}, r"--annotation-path /nowhere: no such folder"),
     "split": ({"--split": "2"}, r"expected files <class>_test_split2\.txt, found none"),

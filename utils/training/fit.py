@@ -19,6 +19,7 @@ from utils.checkpoint import (
     check_settings,
     save_checkpoint,
 )
+from utils.cuda_graphs import GraphedNetwork
 from utils.device import peak_memory_bytes, random_state, set_random_state
 from utils.errors import OtherProcessError, UserError
 from utils.plots import key_residual_picture
@@ -161,6 +162,7 @@ def fit(
     checkpoint_minutes: float,
     keep: int,
     log_every: int,
+    cuda_graphs: bool = False,
 ) -> bool:
     """Train from `state.position` to `epochs`. After each epoch the network is scored on `eval_loader`.
 
@@ -170,6 +172,7 @@ def fit(
     checkpoint_minutes: between checkpoints in mid-epoch; 0 writes none.
     keep: checkpoints kept, last.pt among them.
     log_every: optimizer steps between the lines of steps.jsonl; 0 writes none.
+    cuda_graphs: train by `GraphedNetwork`, in one process on a GPU with one batch an optimizer step.
 
     Every epoch adds a line of metrics and writes last.pt; the best epoch so far is in best.pt. Returns False if a
     signal to any rank cut the run short; last.pt then holds the very step. It also does if a rank cannot continue:
@@ -179,7 +182,10 @@ def fit(
     unreadable, unreadable_in_test = UnreadableVideos(), UnreadableVideos()
     runtime.from_main(run.begin, state.position.epoch, state.position.clips)
     runtime.from_main(_draw_clips, train_loader, run)
-    network = runtime.replicate(state.model, accumulates=accumulation_steps > 1)
+    if cuda_graphs:
+        network = GraphedNetwork(state.model)
+    else:
+        network = runtime.replicate(state.model, accumulates=accumulation_steps > 1)
     clock = _CheckpointClock(checkpoint_minutes)
 
     def save() -> None:

@@ -32,7 +32,7 @@ from utils.runtime import Runtime, join_run, local_processes
 NOT_TRAINING_FLAGS = {
     "resume", "run_dir", "overwrite", "workers", "index_dir", "verify", "weights", "init", "device", "data_root",
     "annotation_path", "train_list", "val_list", "train_root", "val_root", "checkpoint_minutes", "keep", "log_every",
-    "test_only", "energy", "lif_backend", "pack_spikes", "deterministic",
+    "test_only", "energy", "lif_backend", "pack_spikes", "cuda_graphs", "deterministic",
 }  # fmt: skip
 _YES_NO = argparse.BooleanOptionalAction
 
@@ -132,6 +132,9 @@ def add_shared_flags(parser: ArgumentParser) -> None:
     add("--deterministic", action=_YES_NO,
         help="the same numbers in every run on the same hardware, at some cost in time")
     add("--compile", action=_YES_NO, help="torch.compile the network")
+    add("--cuda-graphs", action=_YES_NO,
+        help="replay the training network as CUDA graphs: faster where the host cannot keep up with the GPU (small "
+        "batches); takes more memory")
     add("--device", metavar="NAME", help="cuda, cuda:1 or cpu; not given: cuda if there is a GPU")
 
     add = parser.add_argument_group("run folder").add_argument
@@ -187,6 +190,11 @@ def _check_together(args: argparse.Namespace) -> None:
         neuron_parameters(args)
     except ValueError as error:
         raise UserError(f"--tau, --surrogate, --alpha: {error}") from error
+    if args.cuda_graphs and (args.device.startswith("cpu") or args.accumulate > 1 or args.compile):
+        raise UserError(
+            f"--cuda-graphs needs a GPU, --accumulate 1 and no --compile; got --device {args.device}, "
+            f"--accumulate {args.accumulate}{', --compile' if args.compile else ''}"
+        )
     if args.clip_norm == 0:
         raise UserError("--clip-norm must be positive, got 0")
     if args.start_epoch >= args.epochs:
@@ -220,6 +228,8 @@ def default_run_dir(args: argparse.Namespace, data: str) -> str:
 def begin_run(args: argparse.Namespace) -> tuple[Runtime, RunFolder, Checkpoint | None]:
     """The ranks of the run, its folder, and the checkpoint to continue from. Raises UserError."""
     runtime = join_run(args.device, args.amp)
+    if args.cuda_graphs and runtime.count > 1:
+        raise UserError(f"--cuda-graphs is for one process, this run has {runtime.count}; run without it")
     seed_all(args.seed)
     choose_algorithms(args.deterministic)
     runtime.in_all(runs_on_triton, args.lif_backend, torch.empty(0, device=runtime.device))  # refused if it cannot
