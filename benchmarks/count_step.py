@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from dataset.residual import PADDED_CHANNELS
 from models import ReSpike, attention, batch_norm, neurons
 from models.kernels import geglu, triton_batch_norm, triton_lif
 from tests.helpers.fake_gpu import Calls, backward, channels_last, fake_gpu
@@ -78,7 +79,7 @@ def main() -> None:
 def inputs(args: argparse.Namespace, device: str, dtype: torch.dtype) -> tuple:
     """(key frames, residual frames, labels), laid out as `dataset.residual.key_residual_split` does."""
     keys, steps = args.time // args.stride, args.stride - 1
-    frame = (args.size, args.size, 3)
+    frame = (args.size, args.size, PADDED_CHANNELS if device == "cuda" else 3)
     key = torch.empty(args.batch_size, keys, *frame, dtype=dtype, device=device).permute(0, 1, 4, 2, 3)
     residual = torch.empty(steps, args.batch_size, keys, *frame, dtype=dtype, device=device).permute(1, 2, 0, 5, 3, 4)
     return key, residual, torch.zeros(args.batch_size, dtype=torch.int64, device=device)

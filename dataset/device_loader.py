@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Sampler
 from dataset.batch_sampler import EvalBatchSampler, TrainBatchSampler
 from dataset.clips import VideoTable
 from dataset.frame_sampling import FrameSampling
-from dataset.residual import key_residual_split
+from dataset.residual import PADDED_CHANNELS, key_residual_split
 from dataset.video import VideoBatch, VideoDataset, collate, loaded, make_loader
 from utils.runtime import Runtime
 
@@ -21,8 +21,8 @@ from utils.runtime import Runtime
 class Batch(NamedTuple):
     """What the network and the criterion take."""
 
-    key: Tensor  # [B, K, 3, H, W], normalised
-    residual: Tensor  # [B, K, stride-1, 3, H, W]
+    key: Tensor  # [B, K, 3, H, W], normalised; in half precision on a GPU 5 channels of zeros follow
+    residual: Tensor  # [B, K, stride-1, 3, H, W], likewise
     labels: Tensor  # int64 [B]
     videos: Tensor  # int64 [B], index into the table
 
@@ -50,7 +50,9 @@ class DeviceLoader:
         return to_device(loaded(self._loader), self._runtime.device)
 
     def split(self, batch: VideoBatch) -> Batch:
-        key, residual = key_residual_split(batch.clips, self._stride, self._runtime.precision, self._minus)
+        precision = self._runtime.precision
+        channels = PADDED_CHANNELS if batch.clips.is_cuda and precision is not None else 3
+        key, residual = key_residual_split(batch.clips, self._stride, precision, self._minus, channels)
         return Batch(key, residual, batch.labels, batch.videos)
 
     def empty(self) -> VideoBatch:

@@ -3,6 +3,7 @@
 import functools
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dataset import residual_kernel
@@ -11,6 +12,7 @@ from utils.triton_language import why_not_on
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # RGB, in units of full scale
 IMAGENET_STD = (0.229, 0.224, 0.225)
+PADDED_CHANNELS = 8  # of half precision make 16 bytes a pixel: what tensor cores load at once
 RESIDUALS = ("key", "previous", "none")  # what is subtracted from a residual frame
 _SCALE = tuple(1.0 / (255.0 * std) for std in IMAGENET_STD)
 _SCALED_MEAN = tuple(mean / std for mean, std in zip(IMAGENET_MEAN, IMAGENET_STD, strict=True))
@@ -39,7 +41,7 @@ def check_stride(frames: int, stride: int) -> None:
 
 
 def key_residual_split(
-    clip: Tensor, stride: int, dtype: torch.dtype | None = None, minus: str = "key"
+    clip: Tensor, stride: int, dtype: torch.dtype | None = None, minus: str = "key", channels: int = 3
 ) -> tuple[Tensor, Tensor]:
     """Key frames, and the others minus their key frame (ReSpike, arXiv 2409.01564, section 3.1).
 
@@ -48,10 +50,11 @@ def key_residual_split(
     floating-point clip is taken as normalised already.
     minus: what is subtracted: the "key" frame of the segment (as published), the "previous" frame, or "none": the
     frames as they are.
+    channels: 3; if more, there are zeros behind the colours, which `models.colours.ColourConv2d` takes.
 
-    Returns key [B, T/stride, 3, H, W] and residual [B, T/stride, stride-1, 3, H, W], in `dtype`; None:
-    the clip's type, float32 from uint8. Both lie in memory channels-last and the residual time first, as
-    the network reads them. Raises UserError if stride is below 2 or does not divide T.
+    Returns key [B, T/stride, channels, H, W] and residual [B, T/stride, stride-1, channels, H, W], in `dtype`;
+    None: the clip's type, float32 from uint8. Both lie in memory channels-last and the residual time first,
+    as the network reads them. Raises UserError if stride is below 2 or does not divide T.
     """
     if clip.dim() != 5 or clip.shape[2] != 3:
         raise UserError(f"clip must be [B, T, 3, H, W], got {list(clip.shape)}")
@@ -63,10 +66,12 @@ def key_residual_split(
     frames = clip.unflatten(1, (-1, stride)).permute(0, 1, 2, 4, 5, 3)  # [B, K, stride, H, W, 3]
     if clip.dtype == torch.uint8 and clip.is_cuda and why_not_on("cuda") is None:
         key, residual = residual_kernel.split(
-            frames.contiguous(), _SCALE, _SCALED_MEAN, dtype or torch.float32, RESIDUALS.index(minus)
+            frames.contiguous(), _SCALE, _SCALED_MEAN, dtype or torch.float32, RESIDUALS.index(minus), channels
         )
     else:
         key, residual = _split(frames, dtype, minus)
+        if channels > 3:
+            key, residual = F.pad(key, (0, channels - 3)), F.pad(residual, (0, channels - 3))
     return key.permute(0, 1, 4, 2, 3), residual.permute(1, 2, 0, 5, 3, 4)
 
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.kernels.geglu import geglu
+from models.kernels.group_norm import group_norm
 
 HEAD_WIDTH = 32
 NORM_GROUPS = 32
@@ -72,7 +73,7 @@ class GroupNorm(nn.GroupNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         with _no_autocast(x):
-            return F.group_norm(x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+            return group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
 
 
 class CrossAttentionFusion(nn.Module):

@@ -10,14 +10,54 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.kernels import operators
-from models.kernels.parameters import LIFParameters, membrane_dtype
+from models.kernels.parameters import LIFParameters
 from models.kernels.triton_lif import MAX_STEPS
 from models.neurons import LIF, runs_on_triton
 
 BATCH_NORMS = ("per-step", "merged")
 
 
-class StepBatchNorm2d(nn.BatchNorm2d):
+class FusedBatchNorm2d(nn.BatchNorm2d):
+    """Batch norm of [S, N, C, H, W] in one pass with what follows it, if the kernels run: the base of both below."""
+
+    mode = "per-step"
+    synchronised = False  # over all processes: see `synchronise_batch_norm`
+
+    def __init__(self, channels: int, backend: str = "auto"):
+        super().__init__(channels)
+        self.backend = backend
+
+    def in_one_pass(
+        self, x: Tensor, residual: Tensor | None, neuron: LIFParameters = LIFParameters(), keep_sum: bool = True,
+        fire: bool = False, relu: bool = False, pool: bool = False,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """(sum, spikes) of `models.kernels.operators.batch_norm`."""
+        mean, variance, count = self._statistics(_merged(x) if self.mode == "merged" else x)
+        total, spikes, _ = operators.batch_norm(
+            x, mean, variance, self.weight, self.bias, residual, None, count, self.eps,
+            self.training, keep_sum, fire, False, relu, pool, *neuron.as_arguments(),
+        )  # fmt: skip
+        return total, spikes
+
+    @torch.no_grad()
+    def _statistics(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(mean, biased variance) of x [S or 1, N, C, H, W]: [S or 1, C] each, and the number of values that they are
+        of if it is over several processes, else None. Updates the running statistics; in evaluation it returns them."""
+        if not self.training:
+            return self.running_mean[None], self.running_var[None], None
+        values = x.numel() // max(1, x.shape[0] * x.shape[2])
+        if values < 2:
+            raise ValueError(f"batch norm in training needs more than 1 value per channel, got {list(x.shape)}")
+        if not self.synchronised:
+            running = self.running_mean, self.running_var, self.num_batches_tracked, self.momentum
+            return *operators.moments(x, *running), None
+        mean, variance = operators.moments(x)  # no gradient passes here: `operators.batch_norm` computes it
+        all_means, all_variances, total = _over_processes(mean, variance, values)
+        update_running(self, all_means, all_variances, total)
+        return all_means.to(mean.dtype), all_variances.to(mean.dtype), total
+
+
+class StepBatchNorm2d(FusedBatchNorm2d):
     """Batch norm of [S, N, C, H, W], and what follows it in a spiking network: adding a residual and firing.
 
     mode: "per-step" normalises each time step, in training, by the step's own batch statistics and updates the
@@ -27,11 +67,10 @@ class StepBatchNorm2d(nn.BatchNorm2d):
     """
 
     def __init__(self, channels: int, mode: str = "per-step", backend: str = "auto"):
-        super().__init__(channels)
+        super().__init__(channels, backend)
         if mode not in BATCH_NORMS:
             raise ValueError(f"batch norm mode must be one of {', '.join(BATCH_NORMS)}, got {mode!r}")
         self.mode = mode
-        self.backend = backend
 
     def forward(
         self,
@@ -57,7 +96,10 @@ class StepBatchNorm2d(nn.BatchNorm2d):
         return _sum(total, spikes_only, pool), spikes
 
     def normalise(self, x: Tensor) -> Tensor:
-        if self.training and self.mode == "per-step":
+        per_step = self.training and self.mode == "per-step"
+        if self.training and self.synchronised:
+            return _synchronised(x if per_step else _merged(x), self).view_as(x)
+        if per_step:
             return torch.stack([super(StepBatchNorm2d, self).forward(step) for step in x])
         return super().forward(x.flatten(0, 1)).unflatten(0, x.shape[:2])
 
@@ -67,37 +109,34 @@ class StepBatchNorm2d(nn.BatchNorm2d):
         parameters = neuron.parameters_ if fires_here else LIFParameters()
         keep_sum = not spikes_only or not fires_here or residual is not None  # the backward pass reads such a sum
         pools_here = pool and residual is None and (fires_here or neuron is None)
-        mean, inverse_deviation, count = self._statistics(x)
-        total, spikes, _ = operators.batch_norm(
-            x, mean, inverse_deviation, self.weight, self.bias, residual, None, count,
-            self.training, keep_sum, fires_here, False, pools_here, *parameters.as_arguments(),
-        )  # fmt: skip
+        total, spikes = self.in_one_pass(x, residual, parameters, keep_sum, fires_here, pool=pools_here)
         if neuron is None:
             return _sum(total, spikes_only, pool and not pools_here), None
         spikes = neuron.counted(spikes) if fires_here else neuron(total)
         return _sum(total, spikes_only, pool and not pools_here), spikes
 
-    @torch.no_grad()
-    def _statistics(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """(mean, 1 / standard deviation, count): [S or 1, C] twice, and the number of values that they are of if
-        it is over several processes, else None."""
-        if not self.training:
-            dtype = membrane_dtype(x.dtype)
-            variance = self.running_var.to(dtype)[None]
-            return self.running_mean.to(dtype)[None], torch.rsqrt(variance + self.eps), None
-        if self.mode == "merged":
-            x = x.flatten(0, 1)[None]
-        values = x.numel() // max(1, x.shape[0] * x.shape[2])
-        if values < 2:
-            raise ValueError(f"batch norm in training needs more than 1 value per channel, got {list(x.shape)}")
-        mean, variance, count = self.moments(x, values)
-        return mean, torch.rsqrt(variance + self.eps), count
 
-    def moments(self, x: Tensor, values: int) -> tuple[Tensor, Tensor, Tensor | None]:
-        """(mean, biased variance [S or 1, C], count) of x [S or 1, N, C, H, W] with `values` values a channel, as
-        `_statistics`. Updates the running statistics."""
-        running = self.running_mean, self.running_var, self.num_batches_tracked, self.momentum
-        return *operators.moments(x, *running), None
+class FrameBatchNorm2d(FusedBatchNorm2d):
+    """nn.BatchNorm2d of [N, C, H, W], and what follows it in a ResNet: adding a residual and ReLU."""
+
+    def forward(self, x: Tensor, residual: Tensor | None = None, relu: bool = False) -> Tensor:
+        """[N, C, H, W]: normalised x; plus `residual` if it is given; its ReLU if `relu`."""
+        if runs_on_triton(self.backend, x):
+            residual = None if residual is None else residual.unsqueeze(0)
+            total, _ = self.in_one_pass(x.unsqueeze(0), residual, relu=relu)
+            return total.squeeze(0)  # not total[0], whose gradient would be copied into zeros
+        if self.training and self.synchronised:
+            y = _synchronised(x.unsqueeze(0), self).squeeze(0)
+        else:
+            y = super().forward(x)
+        if residual is not None:
+            y += residual
+        return F.relu(y, inplace=True) if relu else y
+
+
+def _merged(x: Tensor) -> Tensor:
+    """[S, N, ...] -> [1, S*N, ...]"""
+    return x.flatten(0, 1).unsqueeze(0)
 
 
 def _sum(total: Tensor, spikes_only: bool, pool: bool) -> Tensor | None:
@@ -119,50 +158,11 @@ def update_running(norm: nn.BatchNorm2d, mean: Tensor, variance: Tensor, count: 
 
 
 def synchronise_batch_norm(model: nn.Module) -> None:
-    """Replace every batch norm of `model` in place. Parameters, buffers and their names stay."""
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if type(child) is StepBatchNorm2d:
-                new = SyncStepBatchNorm2d(child.num_features, child.mode, child.backend)
-            elif type(child) is nn.BatchNorm2d:
-                new = SyncBatchNorm2d(child.num_features, child.eps, child.momentum)
-            else:
-                continue
-            setattr(parent, name, _with_state_of(child, new))
-
-
-def _with_state_of(old: nn.BatchNorm2d, new: nn.BatchNorm2d) -> nn.BatchNorm2d:
-    new._parameters, new._buffers = old._parameters, old._buffers
-    return new.train(old.training)
-
-
-class SyncBatchNorm2d(nn.BatchNorm2d):
-    """nn.BatchNorm2d of [N, C, H, W] over the batches of all processes."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training:
-            return super().forward(x)
-        return _synchronised(x.unsqueeze(0), self).squeeze(0)
-
-
-class SyncStepBatchNorm2d(StepBatchNorm2d):
-    """StepBatchNorm2d of [S, N, C, H, W] over the batches of all processes."""
-
-    def normalise(self, x: Tensor) -> Tensor:
-        if not self.training:
-            return super().normalise(x)
-        if self.mode == "merged":
-            return _synchronised(x.flatten(0, 1).unsqueeze(0), self).squeeze(0).unflatten(0, x.shape[:2])
-        return _synchronised(x, self)
-
-    def moments(self, x: Tensor, values: int) -> tuple[Tensor, Tensor, Tensor | None]:
-        """No gradient passes here: `models.kernels.operators.batch_norm` computes it."""
-        if not dist.is_initialized():
-            return super().moments(x, values)
-        mean, variance = operators.moments(x)
-        all_means, all_variances, total = _over_processes(mean, variance, values)
-        update_running(self, all_means, all_variances, total)
-        return all_means.to(mean.dtype), all_variances.to(mean.dtype), total
+    """From here on, every batch norm of `model` takes its statistics over the batches of all processes, if there are
+    several."""
+    for module in model.modules():
+        if isinstance(module, FusedBatchNorm2d):
+            module.synchronised = dist.is_initialized()
 
 
 def _over_processes(mean: Tensor, variance: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -201,6 +201,5 @@ class _SumOverProcesses(torch.autograd.Function):
 
 def _summed(values: Tensor) -> Tensor:
     values = values.clone()
-    if dist.is_initialized():
-        dist.all_reduce(values)
+    dist.all_reduce(values)
     return values

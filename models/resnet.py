@@ -1,31 +1,74 @@
 """ANN branch: a torchvision ResNet (arXiv 1512.03385) as a stem and four stages."""
 
+import functools
 from pathlib import Path
 from urllib.error import URLError
 
 import torch
 import torchvision
 from torch import Tensor, nn
+from torchvision.models import resnet as torchvision_resnet
 
+from models.batch_norm import FrameBatchNorm2d
+from models.colours import ColourConv2d
 from utils.errors import UserError
 
-BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
+
+class BasicBlock(torchvision_resnet.BasicBlock):
+    """torchvision's, with addition and ReLU in the pass of the batch norm before them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.bn1(self.conv1(x), relu=True)
+        return self.bn2(self.conv2(out), _shortcut(self, x), relu=True)
+
+
+class Bottleneck(torchvision_resnet.Bottleneck):
+    """torchvision's, likewise."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.bn1(self.conv1(x), relu=True)
+        out = self.bn2(self.conv2(out), relu=True)
+        return self.bn3(self.conv3(out), _shortcut(self, x), relu=True)
+
+
+def _shortcut(block: nn.Module, x: Tensor) -> Tensor:
+    return x if block.downsample is None else block.downsample(x)
+
+
+class Stem(nn.Sequential):
+    """Convolution, batch norm with ReLU, max pooling: [N, 3, H, W] -> [N, 64, H/4, W/4]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        convolution, norm, pool = self
+        return pool(norm(convolution(x), relu=True))
+
+
+_BLOCKS = {  # of each backbone, and their number in each stage
+    "resnet18": (BasicBlock, [2, 2, 2, 2]),
+    "resnet34": (BasicBlock, [3, 4, 6, 3]),
+    "resnet50": (Bottleneck, [3, 4, 6, 3]),
+    "resnet101": (Bottleneck, [3, 4, 23, 3]),
+    "resnet152": (Bottleneck, [3, 8, 36, 3]),
+}
+BACKBONES = tuple(_BLOCKS)
 
 
 class ResNetStages(nn.Module):
     """Stem and stages of a ResNet, without its classifier.
 
     stem: [N, 3, H, W] -> [N, 64, H/4, W/4]. stages[i]: -> [N, channels[i], H/4/2^i, W/4/2^i].
-    `weights` as for `load_weights`.
+    `weights` as for `load_weights`. backend: of the batch norms, as `models.neurons.lif`.
     """
 
-    def __init__(self, backbone: str, weights: str | None = None):
+    def __init__(self, backbone: str, weights: str | None = None, backend: str = "auto"):
         super().__init__()
         if backbone not in BACKBONES:
             raise UserError(f"backbone must be one of {', '.join(BACKBONES)}, got {backbone!r}")
-        resnet = torchvision.models.get_model(backbone, weights=None)
+        norm = functools.partial(FrameBatchNorm2d, backend=backend)
+        resnet = torchvision_resnet.ResNet(*_BLOCKS[backbone], norm_layer=norm)
         load_weights(resnet, backbone, weights)
-        self.stem = nn.Sequential(resnet.conv1, resnet.bn1, resnet.relu, resnet.maxpool)
+        resnet.conv1.__class__ = ColourConv2d  # torchvision has no argument for it
+        self.stem = Stem(resnet.conv1, resnet.bn1, resnet.maxpool)
         self.stages = nn.ModuleList([resnet.layer1, resnet.layer2, resnet.layer3, resnet.layer4])
         expansion = resnet.layer1[0].expansion
         self.channels = [64 * expansion, 128 * expansion, 256 * expansion, 512 * expansion]

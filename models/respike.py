@@ -37,7 +37,7 @@ class ReSpike(nn.Module):
 
     forward: key [B, K, 3, H, W] and residual [B, K, stride-1, 3, H, W], both normalised, as
     `dataset.residual.key_residual_split` makes them -> logits [B, num_classes]. H and W are
-    multiples of 32.
+    multiples of 32. Channels of zeros may follow the 3 colours (`models.colours`).
 
     backbone: resnet18, 34, 50, 101 or 152.
     num_classes: logits per clip.
@@ -91,7 +91,7 @@ class ReSpike(nn.Module):
             raise UserError(f"pack_spikes keeps spikes of 0 and 1, as those of lif; got neuron_type {neuron_type!r}")
         self.stride = stride
         self.downsample = downsample
-        self.ann = ResNetStages(backbone, weights) if branches != "snn" else None
+        self.ann = ResNetStages(backbone, weights, lif_backend) if branches != "snn" else None
         self.snn = None
         if branches != "ann":
             self.snn = SpikingResNetStages(
@@ -183,7 +183,7 @@ class ReSpike(nn.Module):
 
     def _check_shapes(self, key: Tensor, residual: Tensor) -> None:
         steps = self.stride - 1
-        if key.dim() != 5 or key.shape[2] != 3:
+        if key.dim() != 5 or key.shape[2] < 3:
             raise ValueError(f"key frames must be [B, K, 3, H, W], got {list(key.shape)}")
         expected = [*key.shape[:2], steps, *key.shape[2:]]
         if list(residual.shape) != expected:

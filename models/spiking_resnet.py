@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.batch_norm import StepBatchNorm2d
+from models.colours import ColourConv2d
 from models.kernels.packing import spike_conv2d
 from models.neurons import LIF
 
@@ -95,7 +96,7 @@ class SpikingStem(nn.Module):
 
     def __init__(self, channels: int, norm: Callable[[int], StepBatchNorm2d]):
         super().__init__()
-        self.conv = nn.Conv2d(3, channels, 3, stride=2, padding=1, bias=False)
+        self.conv = ColourConv2d(3, channels, 3, stride=2, padding=1, bias=False)
         self.bn = norm(channels)
 
     def forward(self, residual: Tensor, next_neuron: LIF) -> tuple[Tensor, Tensor]:

@@ -29,7 +29,7 @@ from torchvision.models.video import VideoResNet
 
 from models import ReSpike, attention
 from models.attention import GEGLU, CrossAttentionFusion
-from models.batch_norm import StepBatchNorm2d
+from models.batch_norm import FusedBatchNorm2d
 from models.neurons import LIF
 from utils.errors import UserError
 
@@ -155,7 +155,7 @@ def _calls(model: nn.Module, clip_frames: int, size: int) -> list[_Call]:
     """The calls of a forward pass over one clip, by a copy of the model on device "meta"."""
     model = copy.deepcopy(_plain(model)).to("meta").eval()
     for module in model.modules():
-        if isinstance(module, LIF | StepBatchNorm2d):
+        if isinstance(module, LIF | FusedBatchNorm2d):
             module.backend = "reference"  # kernels do not run on shapes alone
     dtype = next(model.parameters()).dtype
     frames = torch.empty(clip_frames, 3, size, size, dtype=dtype, device="meta")

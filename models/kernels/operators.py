@@ -105,82 +105,96 @@ def _(x, running_mean=None, running_var=None, batches=None, momentum=0.0):
 
 @custom_op("respike::batch_norm", mutates_args=())
 def batch_norm(
-    x: Tensor, mean: Tensor, inverse_deviation: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None,
-    v0: Tensor | None, count: Tensor | None, of_batch: bool, keep_sum: bool, fire: bool, keep_v: bool, pool: bool,
+    x: Tensor, mean: Tensor, variance: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None,
+    v0: Tensor | None, count: Tensor | None, eps: float, of_batch: bool, keep_sum: bool, fire: bool, keep_v: bool,
+    relu: bool, pool: bool,
     tau: float, v_threshold: float, v_reset: float | None, surrogate: str, alpha: float, detach_reset: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(sum, spikes, membrane after the last step) of x [S, N, C, ...]:
 
-        sum = (x - mean) inverse_deviation weight + bias + residual;  spikes = LIF(sum)
+        sum = (x - mean) / sqrt(variance + eps) weight + bias + residual;  spikes = LIF(sum)
 
-    mean, inverse_deviation [S or 1, C]: of each step, or of all. of_batch: they are x's own, so that the
+    mean, variance [S or 1, C]: of each step, or of all. of_batch: they are x's own, so that the
     gradient goes through them too; count: the float64 number of rows they are of, over all processes of
     the default group, whose batch they then are; None: this process's. keep_sum, fire, keep_v: which of the
-    outputs are wanted; S is at most 32 where `fire`. pool: the sum is averaged over 2x2 pixels, for x [S, N, C, H, W]
-    with H and W even; the neurons take it as it is. Raises ValueError for a residual before neurons without
-    `keep_sum` or with `pool`: the backward pass reads the sum.
+    outputs are wanted; S is at most 32 where `fire`. relu: the sum's ReLU is returned for it. pool: the sum is averaged
+    over 2x2 pixels, for x [S, N, C, H, W] with H and W even; the neurons take it as it is. Raises ValueError for a
+    residual before neurons without `keep_sum` or with `pool`, because the backward pass reads the sum; and for `relu`
+    with neurons or `pool`.
     """
     if residual is not None and (pool or (fire and not keep_sum)):
         raise ValueError("neurons behind a residual need keep_sum, and not pool: the backward pass reads the sum")
+    if relu and (fire or pool):
+        raise ValueError("relu goes with neither neurons nor pool")
     x = channels_known(x)
     total, spikes, v_end = _like_batch_norm(x, keep_sum, fire, keep_v, pool)
     if x.numel():
         p = LIFParameters(tau, v_threshold, v_reset, surrogate, alpha, detach_reset)
         triton_batch_norm.launch_forward(
-            x, mean.contiguous(), inverse_deviation.contiguous(), weight, bias,
+            x, mean.contiguous(), variance.contiguous(), weight, bias,
             None if residual is None else laid_out_as(residual, x), _state(v0, x),
-            total if keep_sum else None, spikes if fire else None, v_end if fire and keep_v else None, pool, p,
+            total if keep_sum else None, spikes if fire else None, v_end if fire and keep_v else None,
+            eps, relu, pool, p,
         )  # fmt: skip
     return total, spikes, v_end
 
 
 @batch_norm.register_fake
-def _(x, mean, inverse_deviation, weight, bias, residual, v0, count, of_batch, keep_sum, fire, keep_v, pool, *neuron):
+def _(
+    x, mean, variance, weight, bias, residual, v0, count, eps, of_batch, keep_sum, fire, keep_v, relu, pool, *neuron
+):  # fmt: skip
     return _like_batch_norm(channels_known(x), keep_sum, fire, keep_v, pool)
 
 
 @custom_op("respike::batch_norm_backward_sums", mutates_args=())
 def batch_norm_backward_sums(
-    x: Tensor, mean: Tensor, inverse_deviation: Tensor, weight: Tensor, bias: Tensor, total: Tensor | None,
+    x: Tensor, mean: Tensor, variance: Tensor, weight: Tensor, bias: Tensor, total: Tensor | None,
     v0: Tensor | None, grad_total: Tensor | None, grad_spikes: Tensor | None, grad_v_end: Tensor | None,
-    needs_v0: bool, fire: bool, pool: bool,
+    eps: float, needs_v0: bool, fire: bool, relu: bool, pool: bool,
     tau: float, v_threshold: float, v_reset: float | None, surrogate: str, alpha: float, detach_reset: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(sums over rows of dy and of dy (x - mean) [S, 2, C], dy, gradient of v0). dy is the gradient of
-    the result of batch norm. dy is written if `total`, the forward pass's sum, is given."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(weight times the sums over rows of dy and of dy (x - mean) [S, 2, C], gradients of weight and bias, dy, gradient
+    of v0). dy is the gradient of the result of batch norm. dy is written if `total`, the forward pass's result, is
+    given."""
     x = channels_known(x)
-    sums, grad_y, grad_v0 = _like_backward_sums(x, mean, total is not None, needs_v0)
+    outputs = _like_backward_sums(x, mean, weight, bias, total is not None, needs_v0)
+    weighted, grad_weight, grad_bias, grad_y, grad_v0 = outputs
     if x.numel():
         p = LIFParameters(tau, v_threshold, v_reset, surrogate, alpha, detach_reset)
-        sums = triton_batch_norm.launch_backward_sums(
-            x, mean.contiguous(), inverse_deviation.contiguous(), weight, bias, total, _state(v0, x),
+        triton_batch_norm.launch_backward_sums(
+            x, mean.contiguous(), variance.contiguous(), weight, bias, total, _state(v0, x),
             _of_sum(grad_total, x, pool), _alike(grad_spikes, x), _state(grad_v_end, x),
-            grad_y if total is not None else None, grad_v0 if needs_v0 else None, fire, pool, p,
+            weighted, grad_weight, grad_bias, grad_y if total is not None else None, grad_v0 if needs_v0 else None,
+            eps, fire, relu, pool, p,
         )  # fmt: skip
-    return sums, grad_y, grad_v0
+    else:
+        for sums in (weighted, grad_weight, grad_bias):
+            sums.zero_()
+    return outputs
 
 
 @batch_norm_backward_sums.register_fake
-def _(x, mean, inverse_deviation, weight, bias, total, v0, grad_total, grad_spikes, grad_v_end, needs_v0, *more):
-    return _like_backward_sums(channels_known(x), mean, total is not None, needs_v0)
+def _(x, mean, variance, weight, bias, total, v0, grad_total, grad_spikes, grad_v_end, eps, needs_v0, *more):
+    return _like_backward_sums(channels_known(x), mean, weight, bias, total is not None, needs_v0)
 
 
 @custom_op("respike::batch_norm_backward_input", mutates_args=())
 def batch_norm_backward_input(
-    x: Tensor, mean: Tensor, inverse_deviation: Tensor, weight: Tensor, bias: Tensor, v0: Tensor | None,
+    x: Tensor, mean: Tensor, variance: Tensor, weight: Tensor, bias: Tensor, v0: Tensor | None,
     grad_total: Tensor | None, grad_spikes: Tensor | None, grad_v_end: Tensor | None,
-    centred_factor: Tensor, offset: Tensor, fire: bool, pool: bool,
+    weighted: Tensor | None, count: Tensor | None, eps: float, fire: bool, relu: bool, pool: bool,
     tau: float, v_threshold: float, v_reset: float | None, surrogate: str, alpha: float, detach_reset: bool,
 ) -> Tensor:  # fmt: skip
-    """inverse_deviation weight dy + centred_factor (x - mean) + offset, shaped as x."""
+    """The gradient of x. weighted [S or 1, 2, C]: the sums of all that has its statistics in common; None: these are no
+    function of x. count: as for `batch_norm`."""
     x = channels_known(x)
     grad_x = torch.empty_like(x)
     if x.numel():
         p = LIFParameters(tau, v_threshold, v_reset, surrogate, alpha, detach_reset)
         triton_batch_norm.launch_backward_input(
-            x, mean.contiguous(), inverse_deviation.contiguous(), weight, bias, _state(v0, x),
+            x, mean.contiguous(), variance.contiguous(), weight, bias, _state(v0, x),
             _of_sum(grad_total, x, pool), _alike(grad_spikes, x), _state(grad_v_end, x),
-            centred_factor.contiguous(), offset.contiguous(), grad_x, fire, pool, p,
+            None if weighted is None else weighted.contiguous(), count, grad_x, eps, fire, relu, pool, p,
         )  # fmt: skip
     return grad_x
 
@@ -191,55 +205,48 @@ def _(x, *more):
 
 
 def _batch_norm_context(ctx, inputs, output) -> None:
-    x, mean, inverse_deviation, weight, bias, residual, v0, count = inputs[:8]
-    ctx.of_batch, ctx.keep_sum, ctx.fire, ctx.keep_v, ctx.pool, *ctx.neuron = inputs[8:]
-    # What the neuron saw: the caller keeps the sum anyway if it asked for it, else it is computed again from x.
-    total = output[0] if ctx.keep_sum and ctx.fire and not ctx.pool else None
+    x, mean, variance, weight, bias, residual, v0, count = inputs[:8]
+    ctx.eps, ctx.of_batch, ctx.keep_sum, ctx.fire, ctx.keep_v, ctx.relu, ctx.pool, *ctx.neuron = inputs[8:]
+    # What neurons saw, and what ReLU made of a sum with a residual: the caller keeps it anyway if it asked for it. Else
+    # it is computed again from x.
+    keeps = ctx.keep_sum and ((ctx.fire and not ctx.pool) or (ctx.relu and residual is not None))
     ctx.residual_dtype = None if residual is None else residual.dtype
-    ctx.save_for_backward(x, mean, inverse_deviation, weight, bias, v0, count, total)
+    ctx.save_for_backward(x, mean, variance, weight, bias, v0, count, output[0] if keeps else None)
     ctx.set_materialize_grads(False)
 
 
 def _batch_norm_gradient(ctx, grad_total, grad_spikes, grad_v_end):
-    x, mean, inverse_deviation, weight, bias, v0, count, total = ctx.saved_tensors
+    x, mean, variance, weight, bias, v0, count, total = ctx.saved_tensors
     if not ctx.keep_sum:  # an empty output; whatever is done with it, its gradient is no gradient of x
         grad_total = None
     if not ctx.keep_v:
         grad_v_end = None
     fire = ctx.fire and (grad_spikes is not None or grad_v_end is not None)
     if grad_total is None and not fire:
-        return (None,) * (13 + len(ctx.neuron))
-    total = total if fire else None
+        return (None,) * (15 + len(ctx.neuron))
+    total = total if fire or ctx.relu else None
     needs_v0 = fire and v0 is not None and ctx.needs_input_grad[6]
     through = (grad_total, grad_spikes, grad_v_end) if fire else (grad_total, None, None)
-    layer = (x, mean, inverse_deviation, weight, bias)
-    sums, grad_y, grad_v0 = batch_norm_backward_sums(*layer, total, v0, *through, needs_v0, fire, ctx.pool, *ctx.neuron)
-    if not fire:
-        grad_y = grad_total
-    if total is not None or not fire:  # dy lies in memory: what remains is a plain batch norm
-        through, fire = (grad_y, None, None), False
-
-    if mean.shape[0] == 1:
-        sums = sums.sum(0, keepdim=True)  # [S or 1, 2, C]
-    grad_weight = (sums[:, 1] * inverse_deviation).sum(0).to(weight.dtype)
-    grad_bias = sums[:, 0].sum(0).to(bias.dtype)
-    if ctx.of_batch:
-        if count is None:
-            rows = x.numel() // (mean.shape[0] * x.shape[2])
-        else:
-            rows = count.to(sums.dtype)
-            sums = collectives.all_reduce(sums, "sum", dist.group.WORLD)
-        scale = inverse_deviation * (weight / -rows)
-        offset = scale * sums[:, 0]
-        centred_factor = scale * inverse_deviation.square() * sums[:, 1]
-    else:
-        offset = centred_factor = torch.zeros_like(mean)
-    grad_x = batch_norm_backward_input(
-        *layer, v0 if fire else None, *through, centred_factor, offset, fire, ctx.pool, *ctx.neuron
+    layer = (x, mean, variance, weight, bias)
+    weighted, grad_weight, grad_bias, grad_y, grad_v0 = batch_norm_backward_sums(
+        *layer, total, v0, *through, ctx.eps, needs_v0, fire, ctx.relu, ctx.pool, *ctx.neuron
     )
-    grad_residual = None if ctx.residual_dtype is None else grad_y.to(ctx.residual_dtype)
+    relu = ctx.relu
+    if total is not None:  # dy lies in memory: what remains is a plain batch norm
+        through, fire, relu = (grad_y, None, None), False, False
+    if not ctx.of_batch:
+        weighted = None
+    else:
+        if mean.shape[0] == 1 and weighted.shape[0] > 1:
+            weighted = weighted.sum(0, keepdim=True)
+        if count is not None:
+            weighted = collectives.all_reduce(weighted, "sum", dist.group.WORLD)
+    grad_x = batch_norm_backward_input(
+        *layer, v0 if fire else None, *through, weighted, count, ctx.eps, fire, relu, ctx.pool, *ctx.neuron
+    )
+    grad_residual = None if ctx.residual_dtype is None else through[0].to(ctx.residual_dtype)
     grad_v0 = grad_v0.to(v0.dtype) if needs_v0 else None
-    return grad_x, None, None, grad_weight, grad_bias, grad_residual, grad_v0, *(None,) * (6 + len(ctx.neuron))
+    return grad_x, None, None, grad_weight, grad_bias, grad_residual, grad_v0, *(None,) * (8 + len(ctx.neuron))
 
 
 batch_norm.register_autograd(_batch_norm_gradient, setup_context=_batch_norm_context)
@@ -296,9 +303,14 @@ def _like_batch_norm(x: Tensor, keep_sum: bool, fire: bool, keep_v: bool, pool: 
     )
 
 
-def _like_backward_sums(x: Tensor, mean: Tensor, keeps_grad: bool, needs_v0: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _like_backward_sums(
+    x: Tensor, mean: Tensor, weight: Tensor, bias: Tensor, keeps_grad: bool, needs_v0: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dtype = membrane_dtype(x.dtype)
     return (
-        mean.new_zeros(x.shape[0], 2, x.shape[2]),
+        x.new_empty(x.shape[0], 2, x.shape[2], dtype=dtype),
+        torch.empty_like(weight),
+        torch.empty_like(bias),
         torch.empty_like(x) if keeps_grad else x.new_empty(0),
-        torch.empty_like(x[0], dtype=mean.dtype) if needs_v0 else mean.new_empty(0),
+        torch.empty_like(x[0], dtype=dtype) if needs_v0 else x.new_empty(0, dtype=dtype),
     )

@@ -1,13 +1,14 @@
-"""Triton kernels of batch norm over the steps of a spiking network, with what follows it in one pass:
-adding a residual, and a LIF layer.
+"""Triton kernels of batch norm with what follows it in one pass: adding a residual, and a LIF layer or ReLU.
 
-Tensors are [S, N, C, ...], contiguous or channels-last; each step has its own mean and scale, or all share
-one. A program takes a tile of rows (n and pixel) times channels through all steps. In bfloat16, a neuron
+Tensors are [S, N, C, ...], contiguous or channels-last; each step has its own mean and variance, or all share
+one of each. A program takes a tile of rows (n and pixel) times channels through all steps. In bfloat16, a neuron
 and step costs, with the statistics' own pass over x:
 
     batch norm + LIF                     6 bytes forward, 10 backward
     batch norm + residual + LIF          10 bytes forward, 16 backward
     batch norm + LIF, sum averaged 2x2   6.5 bytes forward, 11 backward
+    batch norm + ReLU                    6 bytes forward, 10 backward
+    batch norm + residual + ReLU         8 bytes forward, 14 backward
 """
 
 import torch
@@ -15,7 +16,16 @@ from torch import Tensor
 
 from models.kernels.layout import is_channels_last
 from models.kernels.parameters import LIFParameters
-from models.kernels.triton_lif import MAX_STEPS, charge, charge_gradient, compute_type, elements_before, fire, reset
+from models.kernels.triton_lif import (
+    MAX_STEPS,
+    charge,
+    charge_gradient,
+    compute_type,
+    constant,
+    elements_before,
+    fire,
+    reset,
+)
 from utils.triton_language import tl, triton
 
 # ---- kernels
@@ -101,13 +111,13 @@ def _statistics_kernel(
     for step in range(steps):
         mean = tl.zeros([COLUMNS], COMPUTE)
         for first in range(0, programs, PROGRAMS):
-            program, at, mask = _partials(first, programs, step, steps, column, channels, PROGRAMS)
+            program, at, mask = _partials(first, programs, step, steps, channels, column, channels, PROGRAMS)
             share = _rows_of(program, rows, rows_each).to(COMPUTE)
             mean += tl.sum(tl.load(means_ptr + at, mask, 0.0) * share, 0)
         mean = mean / rows
         square = tl.zeros([COLUMNS], COMPUTE)
         for first in range(0, programs, PROGRAMS):
-            program, at, mask = _partials(first, programs, step, steps, column, channels, PROGRAMS)
+            program, at, mask = _partials(first, programs, step, steps, channels, column, channels, PROGRAMS)
             share = _rows_of(program, rows, rows_each).to(COMPUTE)
             away = tl.load(means_ptr + at, mask, 0.0) - mean[None, :]
             square += tl.sum(tl.where(mask, tl.load(squares_ptr + at, mask, 0.0) + share * away * away, 0.0), 0)
@@ -125,10 +135,10 @@ def _statistics_kernel(
 
 
 @triton.jit
-def _partials(first, programs, step, steps, column, channels, PROGRAMS: tl.constexpr):
-    """(program numbers [PROGRAMS, 1], elements before what they found of a step, mask)"""
+def _partials(first, programs, step, steps, width, column, channels, PROGRAMS: tl.constexpr):
+    """(program numbers [PROGRAMS, 1], elements before what they found of a step, `width` numbers each, mask)"""
     program = first + tl.arange(0, PROGRAMS)[:, None]
-    at = (program * steps + step) * channels + column[None, :]
+    at = (program * steps + step) * width + column[None, :]
     return program, at, (program < programs) & (column[None, :] < channels)
 
 
@@ -138,11 +148,49 @@ def _rows_of(program, rows, rows_each):
 
 
 @triton.jit
-def _normalise(x, mean_ptr, inverse_ptr, weight, bias, column, is_channel, of_step):
-    """(x - mean) inverse weight + bias: the same operations wherever it is computed."""
-    mean = tl.load(mean_ptr + of_step + column, is_channel, 0.0)
-    scale = tl.load(inverse_ptr + of_step + column, is_channel, 0.0) * weight
-    return tl.fma(x - mean, scale, bias)
+def _together_kernel(
+    partial_ptr, variance_ptr, weight_ptr, weighted_ptr, grad_weight_ptr, grad_bias_ptr,
+    programs, steps, channels, statistics_step,
+    EPS: tl.constexpr, COMPUTE: tl.constexpr, PROGRAMS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """What the programs of the backward sums found: weight times the sums of each step, and the gradients of weight and
+    bias."""
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    is_channel = column < channels
+    weight = tl.load(weight_ptr + column, is_channel, 0.0).to(COMPUTE)
+    grad_weight = tl.zeros([COLUMNS], COMPUTE)
+    grad_bias = tl.zeros([COLUMNS], COMPUTE)
+    for step in range(steps):
+        plain = tl.zeros([COLUMNS], COMPUTE)
+        centred = tl.zeros([COLUMNS], COMPUTE)
+        for first in range(0, programs, PROGRAMS):
+            _program, at, mask = _partials(first, programs, step, steps, 2 * channels, column, channels, PROGRAMS)
+            plain += tl.sum(tl.load(partial_ptr + at, mask, 0.0), 0)
+            centred += tl.sum(tl.load(partial_ptr + at + channels, mask, 0.0), 0)
+        tl.store(weighted_ptr + step * 2 * channels + column, weight * plain, is_channel)
+        tl.store(weighted_ptr + step * 2 * channels + channels + column, weight * centred, is_channel)
+        variance = tl.load(variance_ptr + step * statistics_step + column, is_channel, 0.0).to(COMPUTE)
+        grad_weight = tl.fma(centred, tl.rsqrt(variance + constant(variance, EPS)), grad_weight)
+        grad_bias += plain
+    tl.store(grad_weight_ptr + column, grad_weight.to(grad_weight_ptr.dtype.element_ty), is_channel)
+    tl.store(grad_bias_ptr + column, grad_bias.to(grad_bias_ptr.dtype.element_ty), is_channel)
+
+
+@triton.jit
+def _statistics(mean_ptr, variance_ptr, column, is_channel, of_step, EPS: tl.constexpr, COMPUTE: tl.constexpr):
+    """(mean, 1 / standard deviation)"""
+    mean = tl.load(mean_ptr + of_step + column, is_channel, 0.0).to(COMPUTE)
+    variance = tl.load(variance_ptr + of_step + column, is_channel, 0.0).to(COMPUTE)
+    return mean, tl.rsqrt(variance + constant(variance, EPS))
+
+
+@triton.jit
+def _normalise(
+    x, mean_ptr, variance_ptr, weight, bias, column, is_channel, of_step, EPS: tl.constexpr, COMPUTE: tl.constexpr
+):  # fmt: skip
+    """(x - mean) / deviation weight + bias: the same operations wherever it is computed."""
+    mean, inverse = _statistics(mean_ptr, variance_ptr, column, is_channel, of_step, EPS, COMPUTE)
+    return tl.fma(x - mean, inverse * weight, bias)
 
 
 @triton.jit
@@ -156,9 +204,10 @@ def _load_if_any(ptr, at, mask):
 
 @triton.jit
 def _forward_kernel(
-    x_ptr, mean_ptr, inverse_ptr, weight_ptr, bias_ptr, residual_ptr, v0_ptr, sum_ptr, spike_ptr, v_end_ptr,
+    x_ptr, mean_ptr, variance_ptr, weight_ptr, bias_ptr, residual_ptr, v0_ptr, sum_ptr, spike_ptr, v_end_ptr,
     rows, channels, inner, step_elements, width, statistics_step,
-    CHANNELS_LAST: tl.constexpr, POOL: tl.constexpr, FIRE: tl.constexpr, STEPS: tl.constexpr, AHEAD: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, POOL: tl.constexpr, FIRE: tl.constexpr, RELU: tl.constexpr, EPS: tl.constexpr,
+    STEPS: tl.constexpr, AHEAD: tl.constexpr,
     TAU: tl.constexpr, V_THRESHOLD: tl.constexpr, V_RESET: tl.constexpr,
     COMPUTE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -188,10 +237,13 @@ def _forward_kernel(
             x = x + (tl.load(x_ptr + here + AHEAD * step_elements, mask, 0.0),)
             added = added + (_load_if_any(residual_ptr, here + AHEAD * step_elements, mask),)
         y = _normalise(
-            x[inner_step].to(COMPUTE), mean_ptr, inverse_ptr, weight, bias, column, is_channel, step * statistics_step
+            x[inner_step].to(COMPUTE), mean_ptr, variance_ptr, weight, bias, column, is_channel,
+            step * statistics_step, EPS, COMPUTE,
         )  # fmt: skip
         if residual_ptr is not None:
             y += added[inner_step].to(COMPUTE)
+        if RELU:
+            y = tl.where(y < 0.0, 0.0, y)  # NaN stays NaN
         if sum_ptr is not None:
             if POOL:
                 four = tl.sum(tl.reshape(y, [ROWS // 4, 4, COLUMNS]), 1)
@@ -212,16 +264,17 @@ def _forward_kernel(
 
 @triton.jit
 def _backward_sums_kernel(
-    x_ptr, mean_ptr, inverse_ptr, weight_ptr, bias_ptr, sum_ptr, v0_ptr, grad_sum_ptr, grad_spike_ptr, grad_v_end_ptr,
+    x_ptr, mean_ptr, variance_ptr, weight_ptr, bias_ptr, sum_ptr, v0_ptr, grad_sum_ptr, grad_spike_ptr, grad_v_end_ptr,
     partial_ptr, total_grad_sum_ptr, grad_v0_ptr,
     rows, channels, inner, step_elements, width, statistics_step, tiles,
-    CHANNELS_LAST: tl.constexpr, POOL: tl.constexpr, FIRE: tl.constexpr, STEPS: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, POOL: tl.constexpr, FIRE: tl.constexpr, RELU: tl.constexpr, EPS: tl.constexpr,
+    STEPS: tl.constexpr,
     TAU: tl.constexpr, V_THRESHOLD: tl.constexpr, V_RESET: tl.constexpr,
     SURROGATE: tl.constexpr, ALPHA: tl.constexpr, DETACH_RESET: tl.constexpr,
     COMPUTE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Sums of dy and dy (x - mean) over some tiles, in every lane first, then over lanes. Stores dy if
-    the residual needs it."""
+    the residual needs it: sum_ptr is then what the forward pass kept."""
     sums, centred_sums = (), ()
     for _ in tl.static_range(STEPS):
         sums = sums + (tl.zeros([ROWS, COLUMNS], COMPUTE),)
@@ -235,8 +288,8 @@ def _backward_sums_kernel(
         grad_v = tl.zeros([ROWS, COLUMNS], COMPUTE)
         if FIRE:
             charged = _charged(
-                x_ptr, mean_ptr, inverse_ptr, weight_ptr, bias_ptr, sum_ptr, v0_ptr, at, mask, column, is_channel,
-                step_elements, statistics_step, STEPS, TAU, V_THRESHOLD, V_RESET, COMPUTE, ROWS, COLUMNS,
+                x_ptr, mean_ptr, variance_ptr, weight_ptr, bias_ptr, sum_ptr, v0_ptr, at, mask, column, is_channel,
+                step_elements, statistics_step, EPS, STEPS, TAU, V_THRESHOLD, V_RESET, COMPUTE, ROWS, COLUMNS,
             )  # fmt: skip
             if grad_v_end_ptr is not None:
                 grad_v = tl.load(grad_v_end_ptr + at, mask, 0.0)
@@ -259,8 +312,15 @@ def _backward_sums_kernel(
                 grad_v = grad_h * (1.0 - 1.0 / TAU)
             if grad_sum_ptr is not None:
                 grad_y += grad_sum.to(COMPUTE) * (0.25 if POOL else 1.0)
-            mean = tl.load(mean_ptr + step * statistics_step + column, is_channel, 0.0)
-            centred = tl.load(x_ptr + here, mask, 0.0).to(COMPUTE) - mean
+            x = tl.load(x_ptr + here, mask, 0.0)
+            of_step = step * statistics_step
+            if RELU:
+                grad_y = _through_relu(
+                    grad_y, x, sum_ptr, here, mask, mean_ptr, variance_ptr, weight_ptr, bias_ptr, column, is_channel,
+                    of_step, EPS, COMPUTE,
+                )  # fmt: skip
+            mean, _inverse = _statistics(mean_ptr, variance_ptr, column, is_channel, of_step, EPS, COMPUTE)
+            centred = x.to(COMPUTE) - mean
             new_sums = new_sums + (sums[back] + grad_y,)
             new_centred = new_centred + (tl.fma(grad_y, centred, centred_sums[back]),)
             if total_grad_sum_ptr is not None:
@@ -278,15 +338,17 @@ def _backward_sums_kernel(
 
 @triton.jit
 def _backward_input_kernel(
-    x_ptr, mean_ptr, inverse_ptr, weight_ptr, bias_ptr, v0_ptr, grad_sum_ptr, grad_spike_ptr, grad_v_end_ptr,
-    centred_factor_ptr, offset_ptr, grad_x_ptr,
-    rows, channels, inner, step_elements, width, statistics_step,
-    CHANNELS_LAST: tl.constexpr, POOL: tl.constexpr, FIRE: tl.constexpr, STEPS: tl.constexpr, AHEAD: tl.constexpr,
+    x_ptr, mean_ptr, variance_ptr, weight_ptr, bias_ptr, v0_ptr, grad_sum_ptr, grad_spike_ptr, grad_v_end_ptr,
+    weighted_ptr, count_ptr, grad_x_ptr,
+    rows, channels, inner, step_elements, width, statistics_step, values,
+    CHANNELS_LAST: tl.constexpr, POOL: tl.constexpr, FIRE: tl.constexpr, RELU: tl.constexpr, EPS: tl.constexpr,
+    STEPS: tl.constexpr, AHEAD: tl.constexpr,
     TAU: tl.constexpr, V_THRESHOLD: tl.constexpr, V_RESET: tl.constexpr,
     SURROGATE: tl.constexpr, ALPHA: tl.constexpr, DETACH_RESET: tl.constexpr,
     COMPUTE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """grad_x = inverse weight dy + centred_factor (x - mean) + offset."""
+    """grad_x = inverse (weight dy - (sum of weight dy + inverse^2 (x - mean) sum of weight dy (x - mean)) / values);
+    without the sums, which weighted_ptr has, the first term alone."""
     first_row = tl.program_id(0).to(tl.int64) * ROWS
     at, column, mask = _tile(first_row, rows, channels, inner, width, CHANNELS_LAST, POOL, ROWS, COLUMNS)
     pooled_at = _place((first_row + tl.arange(0, ROWS)[:, None]) // 4, column, channels, inner // 4, CHANNELS_LAST)
@@ -296,8 +358,8 @@ def _backward_input_kernel(
     grad_v = tl.zeros([ROWS, COLUMNS], COMPUTE)
     if FIRE:
         charged = _charged(
-            x_ptr, mean_ptr, inverse_ptr, weight_ptr, bias_ptr, None, v0_ptr, at, mask, column, is_channel,
-            step_elements, statistics_step, STEPS, TAU, V_THRESHOLD, V_RESET, COMPUTE, ROWS, COLUMNS,
+            x_ptr, mean_ptr, variance_ptr, weight_ptr, bias_ptr, None, v0_ptr, at, mask, column, is_channel,
+            step_elements, statistics_step, EPS, STEPS, TAU, V_THRESHOLD, V_RESET, COMPUTE, ROWS, COLUMNS,
         )  # fmt: skip
         if grad_v_end_ptr is not None:
             grad_v = tl.load(grad_v_end_ptr + at, mask, 0.0)
@@ -329,19 +391,29 @@ def _backward_input_kernel(
             grad_v = grad_h * (1.0 - 1.0 / TAU)
         if grad_sum_ptr is not None:
             grad_y += grad_sum.to(COMPUTE) * (0.25 if POOL else 1.0)
-        mean = tl.load(mean_ptr + step * statistics_step + column, is_channel, 0.0)
-        centred = tl.load(x_ptr + here, mask, 0.0).to(COMPUTE) - mean
-        scale = tl.load(inverse_ptr + step * statistics_step + column, is_channel, 0.0) * weight
-        factor = tl.load(centred_factor_ptr + step * statistics_step + column, is_channel, 0.0)
-        offset = tl.load(offset_ptr + step * statistics_step + column, is_channel, 0.0)
-        grad_x = scale * grad_y + (factor * centred + offset)
+        x = tl.load(x_ptr + here, mask, 0.0)
+        of_step = step * statistics_step
+        if RELU:
+            grad_y = _through_relu(
+                grad_y, x, None, here, mask, mean_ptr, variance_ptr, weight_ptr, bias_ptr, column, is_channel,
+                of_step, EPS, COMPUTE,
+            )  # fmt: skip
+        mean, inverse = _statistics(mean_ptr, variance_ptr, column, is_channel, of_step, EPS, COMPUTE)
+        grad_x = (inverse * weight) * grad_y
+        if weighted_ptr is not None:
+            share = inverse / _values(count_ptr, values, inverse)
+            offset = share * tl.load(weighted_ptr + 2 * of_step + column, is_channel, 0.0)
+            factor = (
+                share * inverse * inverse * tl.load(weighted_ptr + 2 * of_step + channels + column, is_channel, 0.0)
+            )
+            grad_x -= tl.fma(factor, x.to(COMPUTE) - mean, offset)
         tl.store(grad_x_ptr + here, grad_x.to(grad_x_ptr.dtype.element_ty), mask)
 
 
 @triton.jit
 def _charged(
-    x_ptr, mean_ptr, inverse_ptr, weight_ptr, bias_ptr, sum_ptr, v0_ptr, at, mask, column, is_channel,
-    step_elements, statistics_step,
+    x_ptr, mean_ptr, variance_ptr, weight_ptr, bias_ptr, sum_ptr, v0_ptr, at, mask, column, is_channel,
+    step_elements, statistics_step, EPS: tl.constexpr,
     STEPS: tl.constexpr, TAU: tl.constexpr, V_THRESHOLD: tl.constexpr, V_RESET: tl.constexpr,
     COMPUTE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -359,11 +431,40 @@ def _charged(
             y = tl.load(sum_ptr + here, mask, 0.0).to(COMPUTE)
         else:
             x = tl.load(x_ptr + here, mask, 0.0).to(COMPUTE)
-            y = _normalise(x, mean_ptr, inverse_ptr, weight, bias, column, is_channel, step * statistics_step)
+            y = _normalise(
+                x, mean_ptr, variance_ptr, weight, bias, column, is_channel, step * statistics_step, EPS, COMPUTE
+            )  # fmt: skip
         h = charge(y, v, TAU)
         charged = charged + (h,)
         v = reset(h, V_THRESHOLD, V_RESET)
     return charged
+
+
+@triton.jit
+def _through_relu(
+    grad_y, x, result_ptr, here, mask, mean_ptr, variance_ptr, weight_ptr, bias_ptr, column, is_channel, of_step,
+    EPS: tl.constexpr, COMPUTE: tl.constexpr,
+):  # fmt: skip
+    """grad_y where the forward pass's result is above zero. Without a residual the result is computed again from x."""
+    if result_ptr is None:
+        weight = tl.load(weight_ptr + column, is_channel, 0.0).to(COMPUTE)
+        bias = tl.load(bias_ptr + column, is_channel, 0.0).to(COMPUTE)
+        y = _normalise(
+            x.to(COMPUTE), mean_ptr, variance_ptr, weight, bias, column, is_channel, of_step, EPS, COMPUTE
+        )  # fmt: skip
+        result = y.to(x.dtype)
+    else:
+        result = tl.load(result_ptr + here, mask, 0.0)
+    return tl.where(result.to(COMPUTE) > 0.0, grad_y, 0.0)
+
+
+@triton.jit
+def _values(count_ptr, values, like):
+    """How many values the statistics are of: those of this process, or the number that lies in memory."""
+    if count_ptr is None:
+        return tl.full(like.shape, values, like.dtype)
+    else:
+        return tl.load(count_ptr).to(like.dtype)
 
 
 @triton.jit
@@ -392,7 +493,7 @@ REDUCED_VALUES = {4: 4, 8: 2, MAX_STEPS: 1}  # likewise, where sums of every ste
 # all programs of a reduction run at once, and none of them is alone at the end.
 PROGRAMS_OF_MOMENTS = 4 * 132
 PROGRAMS_OF_SUMS = 2 * 132
-PARTIALS_AT_ONCE = 128  # of the moments kernel's results, when they are put together
+PARTIALS_AT_ONCE, COLUMNS_TOGETHER = 128, 16  # of the results of a reduction's programs, when they are put together
 
 
 class _Geometry:
@@ -447,71 +548,80 @@ def launch_moments(
     squares = torch.empty_like(means)
     mean = torch.empty(geometry.steps, geometry.channels, dtype=dtype, device=x.device)
     variance = torch.empty_like(mean)
-    columns = 16
     with torch.cuda.device_of(x):
         _moments_kernel[grid](
             x, means, squares, *geometry.arguments(), tiles, COMPUTE=compute_type(x.dtype), **geometry.tiles()
         )
-        _statistics_kernel[(triton.cdiv(geometry.channels, columns),)](
+        _statistics_kernel[(triton.cdiv(geometry.channels, COLUMNS_TOGETHER),)](
             means, squares, mean, variance, running_mean, running_var, batches,
             grid[0], geometry.steps, geometry.channels, geometry.rows, tiles * geometry.tile_rows, momentum,
-            COMPUTE=compute_type(x.dtype), PROGRAMS=PARTIALS_AT_ONCE, COLUMNS=columns, num_warps=8,
+            COMPUTE=compute_type(x.dtype), PROGRAMS=PARTIALS_AT_ONCE, COLUMNS=COLUMNS_TOGETHER, num_warps=8,
         )  # fmt: skip
     return mean, variance
 
 
 def launch_forward(
-    x: Tensor, mean: Tensor, inverse_deviation: Tensor, weight: Tensor, bias: Tensor,
-    residual: Tensor | None, v0: Tensor | None,
-    total: Tensor | None, spikes: Tensor | None, v_end: Tensor | None, pool: bool, p: LIFParameters,
+    x: Tensor, mean: Tensor, variance: Tensor, weight: Tensor, bias: Tensor,
+    residual: Tensor | None, v0: Tensor | None, total: Tensor | None, spikes: Tensor | None, v_end: Tensor | None,
+    eps: float, relu: bool, pool: bool, p: LIFParameters,
 ) -> None:  # fmt: skip
-    """Fills total [S, N, C, ...] = batch norm + residual, or its averages over 2x2 pixels, and spikes with v_end
-    [N, C, ...], if they are given."""
+    """Fills total [S, N, C, ...] = batch norm + residual, its ReLU or its averages over 2x2 pixels, and spikes with
+    v_end [N, C, ...], if they are given."""
     fires = spikes is not None
     geometry = _Geometry(x, fires, VALUES, pool)
     with torch.cuda.device_of(x):
         _forward_kernel[geometry.grid(fires)](
-            x, mean, inverse_deviation, weight, bias, residual, v0, total, spikes, v_end,
+            x, mean, variance, weight, bias, residual, v0, total, spikes, v_end,
             *geometry.arguments(), geometry.width, _statistics_step(mean),
-            POOL=pool, FIRE=fires, STEPS=_steps_in_kernel(geometry, fires), AHEAD=AHEAD,
+            POOL=pool, FIRE=fires, RELU=relu, EPS=eps, STEPS=_steps_in_kernel(geometry, fires), AHEAD=AHEAD,
             TAU=p.tau, V_THRESHOLD=p.v_threshold, V_RESET=p.v_reset, COMPUTE=compute_type(x.dtype), **geometry.tiles(),
         )  # fmt: skip
 
 
 def launch_backward_sums(
-    x: Tensor, mean: Tensor, inverse_deviation: Tensor, weight: Tensor, bias: Tensor,
+    x: Tensor, mean: Tensor, variance: Tensor, weight: Tensor, bias: Tensor,
     total: Tensor | None, v0: Tensor | None,
     grad_total: Tensor | None, grad_spikes: Tensor | None, grad_v_end: Tensor | None,
-    whole_grad_total: Tensor | None, grad_v0: Tensor | None, fires: bool, pool: bool, p: LIFParameters,
-) -> Tensor:  # fmt: skip
-    """[S, 2, C]: the sums over rows of dy and of dy (x - mean). Fills whole_grad_total with dy, and grad_v0."""
+    weighted: Tensor, grad_weight: Tensor, grad_bias: Tensor, whole_grad_total: Tensor | None, grad_v0: Tensor | None,
+    eps: float, fires: bool, relu: bool, pool: bool, p: LIFParameters,
+) -> None:  # fmt: skip
+    """Fills weighted [S, 2, C] with weight times the sums over rows of dy and of dy (x - mean), grad_weight and
+    grad_bias [C], whole_grad_total with dy, and grad_v0."""
     geometry = _Geometry(x, fires, REDUCED_VALUES if fires else VALUES, pool)
     tiles = geometry.tiles_of_a_program(fires, PROGRAMS_OF_SUMS)
     grid = geometry.grid(fires, tiles)
-    partial = torch.empty(grid[0], geometry.steps, 2, geometry.channels, dtype=mean.dtype, device=x.device)
+    partial = torch.empty(grid[0], geometry.steps, 2, geometry.channels, dtype=weighted.dtype, device=x.device)
     with torch.cuda.device_of(x):
         _backward_sums_kernel[grid](
-            x, mean, inverse_deviation, weight, bias, total, v0, grad_total, grad_spikes, grad_v_end,
+            x, mean, variance, weight, bias, total, v0, grad_total, grad_spikes, grad_v_end,
             partial, whole_grad_total, grad_v0,
             *geometry.arguments(), geometry.width, _statistics_step(mean), tiles,
-            POOL=pool, FIRE=fires, STEPS=_steps_in_kernel(geometry, fires),
+            POOL=pool, FIRE=fires, RELU=relu, EPS=eps, STEPS=_steps_in_kernel(geometry, fires),
             **_neuron(p), COMPUTE=compute_type(x.dtype), **geometry.tiles(),
         )  # fmt: skip
-    return partial.sum(0)
+        _together_kernel[(triton.cdiv(geometry.channels, COLUMNS_TOGETHER),)](
+            partial, variance, weight, weighted, grad_weight, grad_bias,
+            grid[0], geometry.steps, geometry.channels, _statistics_step(mean),
+            EPS=eps, COMPUTE=compute_type(x.dtype), PROGRAMS=PARTIALS_AT_ONCE, COLUMNS=COLUMNS_TOGETHER, num_warps=8,
+        )  # fmt: skip
 
 
 def launch_backward_input(
-    x: Tensor, mean: Tensor, inverse_deviation: Tensor, weight: Tensor, bias: Tensor, v0: Tensor | None,
+    x: Tensor, mean: Tensor, variance: Tensor, weight: Tensor, bias: Tensor, v0: Tensor | None,
     grad_total: Tensor | None, grad_spikes: Tensor | None, grad_v_end: Tensor | None,
-    centred_factor: Tensor, offset: Tensor, grad_x: Tensor, fires: bool, pool: bool, p: LIFParameters,
+    weighted: Tensor | None, count: Tensor | None, grad_x: Tensor,
+    eps: float, fires: bool, relu: bool, pool: bool, p: LIFParameters,
 ) -> None:  # fmt: skip
-    """Fills grad_x = inverse_deviation weight dy + centred_factor (x - mean) + offset."""
+    """Fills grad_x. weighted [S or 1, 2, C]: as `launch_backward_sums` makes it, added up over all that has its
+    statistics in common; None: the statistics are no function of x. count: the number of values that they are of, in
+    memory; None: those of x."""
     geometry = _Geometry(x, fires, VALUES, pool)
+    values = geometry.rows * geometry.steps // mean.shape[0]
     with torch.cuda.device_of(x):
         _backward_input_kernel[geometry.grid(fires)](
-            x, mean, inverse_deviation, weight, bias, v0, grad_total, grad_spikes, grad_v_end,
-            centred_factor, offset, grad_x, *geometry.arguments(), geometry.width, _statistics_step(mean),
-            POOL=pool, FIRE=fires, STEPS=_steps_in_kernel(geometry, fires), AHEAD=AHEAD,
+            x, mean, variance, weight, bias, v0, grad_total, grad_spikes, grad_v_end,
+            weighted, count, grad_x, *geometry.arguments(), geometry.width, _statistics_step(mean), values,
+            POOL=pool, FIRE=fires, RELU=relu, EPS=eps, STEPS=_steps_in_kernel(geometry, fires), AHEAD=AHEAD,
             **_neuron(p), COMPUTE=compute_type(x.dtype), **geometry.tiles(),
         )  # fmt: skip
 

@@ -60,6 +60,14 @@ def test_memory_is_as_the_network_reads_it():
     assert steps_first.is_contiguous(memory_format=torch.channels_last)
 
 
+def test_zeros_behind_the_colours():
+    clip = torch.randint(0, 256, (2, 8, 3, 6, 10), dtype=torch.uint8)
+    for padded, plain in zip(key_residual_split(clip, 4, channels=8), key_residual_split(clip, 4), strict=True):
+        colours, zeros = padded.movedim(-3, 0).split([3, 5])
+        assert torch.equal(colours, plain.movedim(-3, 0)) and not zeros.any()
+        assert padded.movedim(-3, -1).stride(-2) == 8  # channels-last
+
+
 @pytest.mark.parametrize("frames, stride", [(16, 1), (16, 0), (16, 3), (2, 4), (16, -4)])
 def test_refused_strides(frames, stride):
     for call in (

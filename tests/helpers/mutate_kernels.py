@@ -25,17 +25,19 @@ IMPORTED = torch._dynamo, torchvision, triton  # before the forks
 LIF, NORM = "models/kernels/triton_lif.py", "models/kernels/triton_batch_norm.py"
 OPERATORS, GEGLU, PACKING = "models/kernels/operators.py", "models/kernels/geglu.py", "models/kernels/packing.py"
 SPLIT, SURROGATES = "dataset/residual_kernel.py", "models/kernels/surrogates.py"
-MODULE, STEM = "models/batch_norm.py", "models/spiking_resnet.py"
+GROUP, MODULE, STEM = "models/kernels/group_norm.py", "models/batch_norm.py", "models/spiking_resnet.py"
 TESTS = {
     LIF: "tests/models/kernels/test_lif_kernels.py",
     SURROGATES: "tests/models/kernels/test_lif_kernels.py",
     GEGLU: "tests/models/kernels/test_geglu.py",
+    GROUP: "tests/models/kernels/test_group_norm.py",
     PACKING: "tests/models/test_fused_network.py",
     SPLIT: "tests/models/test_fused_network.py",
     STEM: "tests/models/test_fused_network.py",
 }
 # Run first: these take little time and notice most.
-QUICK = "programs or averaged or running or asked or evaluation or half or alike or subclass or packing or split"
+QUICK = "programs or averaged or running or asked or evaluation or half or alike or subclass or packing or split "
+QUICK += "or nan or relu_goes or (relu_behind and float64) or (definition and shape)"
 # (file, what stands there once or more, what the first of it becomes)
 MUTATIONS = [
     # one step
@@ -71,7 +73,8 @@ MUTATIONS = [
     (NORM, "tl.load(batches_ptr) + steps", "tl.load(batches_ptr) + 1"),
     (NORM, "for first in range(0, programs, PROGRAMS):", "for first in range(0, PROGRAMS, PROGRAMS):"),
     # forward
-    (NORM, "scale = tl.load(inverse_ptr + of_step + column, is_channel, 0.0) * weight", "scale = weight"),
+    (NORM, "tl.fma(x - mean, inverse * weight, bias)", "tl.fma(x - mean, inverse, bias)"),
+    (NORM, "tl.rsqrt(variance + constant(variance, EPS))\n\n", "tl.rsqrt(variance)\n\n"),
     (NORM, "y += added[inner_step].to(COMPUTE)", "y += added[0].to(COMPUTE)"),
     (NORM, "y = rounded.to(COMPUTE)", "pass"),
     (NORM, "here + AHEAD * step_elements, mask, 0.0),)", "here, mask, 0.0),)"),
@@ -90,15 +93,29 @@ MUTATIONS = [
     (NORM, "grad_y = grad_h * (1.0 / TAU)", "grad_y = grad_h"),
     (NORM, "tl.store(grad_v0_ptr + at, grad_v, mask)", "tl.store(grad_v0_ptr + at, grad_v * TAU, mask)"),
     (NORM, "step - AHEAD, at", "step, at"),
-    (NORM, "(factor * centred + offset)", "(factor * centred)"),
-    (NORM, "(factor * centred + offset)", "offset"),
+    (NORM, "tl.fma(factor, x.to(COMPUTE) - mean, offset)", "factor * (x.to(COMPUTE) - mean)"),
+    (NORM, "tl.fma(factor, x.to(COMPUTE) - mean, offset)", "offset"),
+    (NORM, "share * inverse * inverse", "share * inverse"),
+    (NORM, "tl.full(like.shape, values, like.dtype)", "tl.full(like.shape, values - 1, like.dtype)"),
+    (NORM, "geometry.rows * geometry.steps // mean.shape[0]", "geometry.rows"),
+    (NORM, "weight * plain, is_channel", "plain, is_channel"),
+    (NORM, "weight * centred, is_channel", "centred, is_channel"),
+    (NORM, "tl.fma(centred, tl.rsqrt(variance + constant(variance, EPS)), grad_weight)", "centred + grad_weight"),
+    (NORM, "grad_bias += plain", "grad_bias = plain"),
+    # ReLU
+    (NORM, "y = tl.where(y < 0.0, 0.0, y)", "y = tl.where(y < 0.1, 0.0, y)"),
+    (NORM, "y = tl.where(y < 0.0, 0.0, y)", "y = tl.where(y > 0.0, y, 0.0)"),
+    (NORM, "result.to(COMPUTE) > 0.0", "result.to(COMPUTE) >= 0.0"),
+    (NORM, "result = y.to(x.dtype)", "result = -y.to(x.dtype)"),
     (NORM, "h = charge(y, v, TAU)\n        charged", "h = charge(y, v * 0.5, TAU)\n        charged"),
     (NORM, "return mean.shape[1] if mean.shape[0] > 1 else 0", "return mean.shape[1]"),
     (NORM, "return mean.shape[1] if mean.shape[0] > 1 else 0", "return 0"),
     # operators
-    (OPERATORS, "grad_weight = (sums[:, 1] * inverse_deviation)", "grad_weight = sums[:, 1]"),
-    (OPERATORS, "grad_bias = sums[:, 0]", "grad_bias = sums[:, 1]"),
-    (OPERATORS, "inverse_deviation.square() * sums[:, 1]", "inverse_deviation * sums[:, 1]"),
+    (OPERATORS, "or (ctx.relu and residual is not None)", ""),
+    (OPERATORS, "total = total if fire or ctx.relu else None", "total = total if fire else None"),
+    (OPERATORS, "if mean.shape[0] == 1 and weighted.shape[0] > 1:", "if False:"),
+    (OPERATORS, "if not ctx.of_batch:", "if False:"),
+    (OPERATORS, "if relu and (fire or pool):", "if False:"),
     (OPERATORS, "if not ctx.keep_sum:", "if False:"),
     (OPERATORS, "not ctx.keep_v:\n        grad_v_end = None\n    fire", "True:\n        grad_v_end = None\n    fire"),
     (OPERATORS, "laid_out_as(grad_spikes, current)", "grad_spikes"),
@@ -112,6 +129,8 @@ MUTATIONS = [
     (MODULE, "x.shape[0] <= MAX_STEPS", "True"),
     (MODULE, "spikes = neuron.counted(spikes) if fires_here", "spikes = spikes if fires_here"),
     (MODULE, "pools_here = pool and residual is None and (fires_here or neuron is None)", "pools_here = pool"),
+    (MODULE, '_merged(x) if self.mode == "merged" else x', "x"),
+    (MODULE, "residual = None if residual is None else residual.unsqueeze(0)", "residual = None"),
     (STEM, "neuron=next_neuron, pool=True)", "neuron=None, pool=True)"),
     # others
     (GEGLU, "gate * (0.5 + 0.5 * tl.erf", "gate * (0.5 + 0.4 * tl.erf"),
@@ -123,7 +142,18 @@ MUTATIONS = [
     (PACKING, "(packed[:, None] >> bit[None, :]) & 1", "(packed[:, None] >> bit[None, :])"),
     (SPLIT, "tl.where(colour == 0, MEAN_R", "tl.where(colour == 0, MEAN_G"),
     (SPLIT, "(step * segments + segment)", "(segment * 1 + step)"),
-    (SPLIT, "((frame - key) * scale)", "(frame * scale - key * scale)"),
+    (SPLIT, "(frame - before) * scale", "frame * scale - before * scale"),
+    (SPLIT, "before = frame", "pass"),
+    (SPLIT, "at // CHANNELS * 3 + colour", "at"),
+    (SPLIT, "is_colour = mask & (colour < 3)", "is_colour = mask"),
+    (GROUP, "/ (rows * WIDTH)", "/ rows"),
+    (GROUP, "tl.where(mask, x - _group_mean(x,", "tl.where(rows > 0, x - _group_mean(x,"),
+    (GROUP, "constant(variance, EPS)", "constant(variance, 0.0)"),
+    (GROUP, " * weight[None, :] + bias", " + bias"),
+    (GROUP, " - standard * along", ""),
+    (GROUP, "grad - _group_mean(grad, rows, COLUMNS, WIDTH) - ", "grad - "),
+    (GROUP, "tl.sum(grad * standard, 0)", "tl.sum(grad, 0)"),
+    (GROUP, "x, grad = _channels_last(x), _channels_last(grad)", "x = _channels_last(x)"),
 ]  # fmt: skip
 
 

@@ -25,7 +25,7 @@ from dataset.splits import VideoRecord
 from dataset.transforms import eval_transforms, multi_scale_crop
 from dataset.video import VideoDataset, make_loader
 from models import ReSpike
-from models.batch_norm import BATCH_NORMS, SyncStepBatchNorm2d, synchronise_batch_norm
+from models.batch_norm import BATCH_NORMS, FrameBatchNorm2d, StepBatchNorm2d, synchronise_batch_norm
 from models.neurons import LIF
 from utils.runtime import Runtime, join_run
 from utils.training.engine import TrainPosition, evaluate, train_one_epoch
@@ -108,7 +108,8 @@ def fused_batch_norm(runtime: Runtime) -> dict:
     found = {}
     for mode in BATCH_NORMS:
         torch.manual_seed(7)
-        norm = SyncStepBatchNorm2d(5, mode, backend="triton").double().train()
+        norm = StepBatchNorm2d(5, mode, backend="triton").double().train()
+        synchronise_batch_norm(norm)
         x = torch.randn(3, 8, 5, 4, 4, dtype=torch.float64)
         weights = torch.randn_like(x)
         own = slice(runtime.rank * 8 // runtime.count, (runtime.rank + 1) * 8 // runtime.count)
@@ -121,6 +122,14 @@ def fused_batch_norm(runtime: Runtime) -> dict:
             dist.all_reduce(value) if runtime.count > 1 else None
         found |= {f"{mode} {name}": value for name, value in norm.named_buffers()}
         found |= {f"{mode} x": whole, f"{mode} weight": norm.weight.grad, f"{mode} bias": norm.bias.grad}
+    norm = FrameBatchNorm2d(5, backend="triton").double().train()
+    synchronise_batch_norm(norm)
+    inputs, residual = x[0, own].clone().requires_grad_(), x[1, own]
+    (norm(inputs, residual, relu=True) * weights[0, own]).sum().backward()
+    whole = torch.zeros_like(x[0])
+    whole[own] = inputs.grad
+    dist.all_reduce(whole) if runtime.count > 1 else None
+    found |= {"frames x": whole} | {f"frames {name}": value for name, value in norm.named_buffers()}
     return {"gradients": found, "buffers": {}}
 
 

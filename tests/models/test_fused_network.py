@@ -13,6 +13,7 @@ from dataset.residual import key_residual_split
 from models import ReSpike
 from models.kernels.packing import pack_spikes, spike_conv2d, unpack_spikes
 from models.neurons import BACKENDS
+from tests.helpers.fake_gpu import fake_gpu
 from tests.helpers.spikingjelly import skip_without_spikingjelly
 from tests.models.kernels.test_lif_kernels import DEVICE, channels_last
 from tests.models.test_golden import CASES, GOLDEN, TOLERANCE, golden_input, published_state_dict
@@ -55,11 +56,14 @@ class _Calls(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.operators = Counter()
+        self.others = set()
         self.spikes = set()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
-        if function.namespace == "respike":
+        if function.namespace != "respike":
+            self.others.add(function._opname)
+        else:
             self.operators[function._opname] += 1
             spikes = {"lif": 0, "batch_norm": 1}.get(function._opname)
             if spikes is not None and out[spikes].numel():
@@ -77,17 +81,22 @@ def clip(size=32):
 
 
 @pytest.mark.parametrize(
-    "options, alone",
-    [({"branches": "snn"}, 0), ({"downsample": False}, 3 - 1), ({"downsample": True}, 3)],
+    "options, norms, alone, blocks",
+    [
+        ({"branches": "snn"}, 21, 0, 0),
+        ({"downsample": False}, 21 + 20, 3 - 1, 3),
+        ({"downsample": True}, 21 + 20, 3, 4),
+    ],
     ids=["snn", "full", "downsample"],
 )
-def test_layers_are_fused_wherever_they_follow_each_other(options, alone):
-    """Stem and 8 blocks have 21 batch norms, 16 of them before neurons; neurons run alone only where
-    fusion with the other branch stands between."""
-    model = small(lif_backend="triton", **options)
-    with torch.no_grad(), _Calls() as calls:
-        model(*key_residual_split(clip(), 2))
-    assert calls.operators == Counter(moments=21, batch_norm=21, lif=alone)
+def test_layers_are_fused_wherever_they_follow_each_other(monkeypatch, options, norms, alone, blocks):
+    """The SNN's stem and 8 blocks have 21 batch norms, 16 of them before neurons; neurons run alone only where
+    fusion with the other branch stands between. The ANN has 20, and neither addition nor ReLU behind them."""
+    with fake_gpu(monkeypatch), torch.no_grad(), _Calls() as calls:
+        model = ReSpike(num_classes=5, stride=2, **options).train()
+        model(*key_residual_split(torch.empty(2, 4, 3, 32, 32), 2))
+    assert calls.operators == Counter(moments=norms, batch_norm=norms, lif=alone, geglu=blocks, group_norm=blocks)
+    assert not calls.others & {"relu", "relu_", "native_batch_norm"}
 
 
 def test_spikes_are_written_in_the_type_that_convolutions_compute_in():
@@ -181,14 +190,15 @@ def test_packed_spikes_change_nothing_but_memory(precision):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("stride", [2, 4])
-@pytest.mark.parametrize("minus", residual.RESIDUALS)
-def test_split_kernel_agrees_with_the_definition(minus, stride, dtype):
+@pytest.mark.parametrize("minus, channels", [("key", 3), ("key", 8), ("previous", 8), ("none", 8), ("none", 3)])
+def test_split_kernel_agrees_with_the_definition(minus, channels, stride, dtype):
     frames = torch.randint(0, 256, (2, 3, stride, 19, 21, 3), dtype=torch.uint8)
     frames[0, 0, 1:] = frames[0, 0, :1]  # a static segment
     want = residual._split(frames, torch.float32, minus)
     constants = residual._SCALE, residual._SCALED_MEAN
-    got = residual_kernel.split(frames.to(DEVICE), *constants, dtype, residual.RESIDUALS.index(minus))
+    got = residual_kernel.split(frames.to(DEVICE), *constants, dtype, residual.RESIDUALS.index(minus), channels)
     for g, w in zip(got, want, strict=True):
+        w = F.pad(w, (0, channels - 3))
         assert g.dtype == dtype and g.shape == w.shape
         torch.testing.assert_close(g.cpu().float(), w, rtol=0 if dtype == torch.float32 else 8e-3, atol=2e-6)
     assert minus == "none" or not got[1][:, 0, 0].any()

@@ -54,6 +54,18 @@ def test_ablations(branches, fusion, width):
     assert all(p.grad is not None for p in model.parameters())
 
 
+def test_channels_of_zeros_behind_the_colours_change_nothing():
+    """As frames come on a GPU. Gradients too: those of the weights that meet zeros alone are none."""
+    torch.manual_seed(2)
+    model = ReSpike(num_classes=5).double()
+    frames = clip(dtype=torch.float64)
+    results = []
+    for channels in (3, 8):
+        logits = model(*key_residual_split(frames, 4, channels=channels))
+        results.append([logits, *torch.autograd.grad(logits.square().sum(), list(model.parameters()))])
+    torch.testing.assert_close(*results, rtol=1e-9, atol=1e-11)
+
+
 def test_ann_alone_sees_no_residual_and_snn_alone_no_key_frame():
     key, residual = key_residual_split(clip(), 4)
     ann, snn = ReSpike(branches="ann").eval(), ReSpike(branches="snn").eval()

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from models.batch_norm import StepBatchNorm2d
+from models.batch_norm import FrameBatchNorm2d, StepBatchNorm2d
 from models.kernels import operators, triton_batch_norm
 from models.kernels.parameters import LIFParameters
 from models.kernels.reference import batch_norm_definition, lif_definition
@@ -32,8 +32,8 @@ class _Silent(LIF):
 def fused(x, weight, bias, residual, merged, keep_sum, fire, p, v0=None):
     with torch.no_grad():
         mean, variance = operators.moments(x.flatten(0, 1)[None] if merged else x)
-    how = (None, True, keep_sum, fire, fire, False, *p.as_arguments())
-    return operators.batch_norm(x, mean, torch.rsqrt(variance + EPS), weight, bias, residual, v0, *how)
+    how = (None, EPS, True, keep_sum, fire, fire, False, False, *p.as_arguments())
+    return operators.batch_norm(x, mean, variance, weight, bias, residual, v0, *how)
 
 
 def defined(x, weight, bias, residual, merged, keep_sum, fire, p, v0=None):
@@ -128,8 +128,8 @@ def test_the_sum_is_averaged_over_windows_and_the_neurons_see_all_of_it(dtype, l
     def fused_and_pooled(x, weight, bias, residual, merged, keep_sum, fire, p, v0):
         with torch.no_grad():
             mean, variance = operators.moments(x)
-        how = (None, True, True, fire, fire, True, *p.as_arguments())
-        return operators.batch_norm(x, mean, torch.rsqrt(variance + EPS), weight, bias, None, v0, *how)
+        how = (None, EPS, True, True, fire, fire, False, True, *p.as_arguments())
+        return operators.batch_norm(x, mean, variance, weight, bias, None, v0, *how)
 
     def defined_and_pooled(x, weight, bias, residual, merged, keep_sum, fire, p, v0):
         exact = x.to(weight.dtype)
@@ -147,7 +147,22 @@ def test_the_sum_is_averaged_over_windows_and_the_neurons_see_all_of_it(dtype, l
         fused_and_pooled(x[..., :9, :], weight, bias, None, False, True, fires, p, None)
     with pytest.raises(ValueError, match="not pool"):
         operators.batch_norm(
-            x, weight[None], weight[None], weight, bias, x, None, None, True, True, True, False, True, *p.as_arguments()
+            x,
+            weight[None],
+            weight[None],
+            weight,
+            bias,
+            x,
+            None,
+            None,
+            EPS,
+            True,
+            True,
+            True,
+            False,
+            False,
+            True,
+            *p.as_arguments(),
         )
 
 
@@ -159,6 +174,50 @@ def test_both_backends_pool_alike(neuron):
         norm = StepBatchNorm2d(5, backend=backend).double().to(DEVICE).train()
         results.append(norm(x, neuron=None if neuron is None else neuron(backend=backend), pool=True))
     torch.testing.assert_close(results[0], results[1], rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("relu", [True, False])
+@pytest.mark.parametrize("with_residual", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_relu_behind_a_residual_and_without(dtype, with_residual, relu, training):
+    """Several tiles with a rest, as in the ResNet of the ANN branch; against PyTorch's operators in float32 or more."""
+    x, weight, bias, residual = make((1, 3, 70, 9, 7), dtype, "channels last", with_residual)
+    grad = random(x[0].shape, dtype, "strided")
+    results = []
+    for backend in ("triton", "reference"):
+        norm = FrameBatchNorm2d(70, backend).to(DEVICE, weight.dtype).train(training)
+        with torch.no_grad():
+            norm.weight.copy_(weight)
+            norm.bias.copy_(bias)
+        inputs = [None if value is None else value[0].detach().requires_grad_() for value in (x, residual)]
+        wide = backend == "reference"
+        given = [value.to(weight.dtype) if wide and value is not None else value for value in inputs]
+        out = norm(*given, relu=relu)
+        out.backward(grad.to(out.dtype))
+        grads = [value.grad for value in (*inputs, norm.weight, norm.bias) if value is not None]
+        results.append([out.detach().to(dtype), *grads, *norm.buffers()])
+    assert (results[0][0] == 0).any() == relu
+    for got, want in zip(*results, strict=True):
+        assert_close(got, want, dtype)
+
+
+def test_relu_lets_nan_through():
+    """A loss that is not finite must be seen."""
+    x = random((4, 3, 4, 4), torch.float32)
+    x[0, 1, 2, 3] = float("nan")
+    out = FrameBatchNorm2d(3, "triton").to(DEVICE).eval()(x, relu=True)
+    assert out.isnan().sum() == 1
+
+
+def test_relu_goes_with_neither_neurons_nor_pool():
+    x, weight, bias, _ = make((1, 2, 3, 4, 4), torch.float32, "channels last", False)
+    for fire, pool in ((True, False), (False, True)):
+        with pytest.raises(ValueError, match="neither"):
+            operators.batch_norm(
+                x, weight[None], weight[None], weight, bias, None, None, None, EPS, True, True, fire, False, True, pool,
+                *LIFParameters().as_arguments(),
+            )  # fmt: skip
 
 
 def test_statistics_far_from_zero():
@@ -216,23 +275,25 @@ def test_operators_are_well_formed():
     neuron = LIFParameters().as_arguments()
     x, weight, bias, residual = make((3, 2, 5, 4, 4), torch.float32, "channels last", True)
     mean, variance = operators.moments(x)
-    layer = (x, mean, torch.rsqrt(variance + EPS), weight, bias)
+    layer = (x, mean, variance, weight, bias)
     torch.library.opcheck(operators.moments, (x,))
     running = torch.zeros_like(weight), torch.ones_like(weight), torch.zeros((), dtype=torch.int64, device=DEVICE)
     torch.library.opcheck(operators.moments, (x, *running, 0.1))
     differentiable = [value.detach().requires_grad_() for value in (x, weight, bias, residual)]
     x_, weight_, bias_, residual_ = differentiable
     for pattern in (
-        (residual_, None, None, True, True, True, True, False),
-        (None, None, None, True, True, True, False, True),
+        (residual_, None, None, EPS, True, True, True, True, False, False),
+        (None, None, None, EPS, True, True, True, False, False, True),
+        (residual_, None, None, EPS, True, True, False, False, True, False),
     ):
-        torch.library.opcheck(operators.batch_norm, (x_, mean, layer[2], weight_, bias_, *pattern, *neuron))
+        torch.library.opcheck(operators.batch_norm, (x_, mean, variance, weight_, bias_, *pattern, *neuron))
     torch.library.opcheck(
-        operators.batch_norm_backward_sums, (*layer, x, None, x, x, None, False, True, False, *neuron)
+        operators.batch_norm_backward_sums, (*layer, x, None, x, x, None, EPS, False, True, False, False, *neuron)
     )
-    factors = torch.ones_like(mean), torch.ones_like(mean)
+    weighted = torch.ones(3, 2, 5, device=DEVICE)
     torch.library.opcheck(
-        operators.batch_norm_backward_input, (*layer, None, None, x, None, *factors, True, False, *neuron)
+        operators.batch_norm_backward_input,
+        (*layer, None, None, x, None, weighted, None, EPS, True, False, False, *neuron),
     )
 
 
