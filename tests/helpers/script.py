@@ -101,6 +101,11 @@ def start_python(arguments: list[str], processes: int = 1) -> subprocess.Popen:
     )  # fmt: skip
 
 
+def start_ranks(arguments: list, *counts: int) -> subprocess.Popen:
+    """A task of tests/helpers/processes.py in several processes that a single one forks; in each of `counts`."""
+    return start_python(["tests/helpers/processes.py", "ranks", ",".join(map(str, counts)), *map(str, arguments)])
+
+
 def free_port() -> int:
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
