@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import train_kinetics
-from tests.helpers.script import comparable, metrics, run_here, same_weights
+from tests.helpers.script import comparable, copy_run, metrics, run_here, run_main, same_weights
 from tests.helpers.script import refused as refused_by
 from utils.checkpoint import load_checkpoint
 from utils.signals import StopRequest
@@ -27,12 +27,16 @@ def refused(monkeypatch, capfd, flags, message):
     refused_by(monkeypatch, capfd, flags, message, train_kinetics)
 
 
-@pytest.fixture
-def list_flags(tiny_lists, tmp_path) -> dict:
+def flags_in(folder: Path, tiny_lists: dict) -> dict:
     return tiny_lists | {
         "--weights": "none", "--branches": "snn", "-T": 4, "--stride": 2, "--size": 32, "-b": 5, "-j": 0, "--epochs": 2,
-        "-lr": 0.002, "--index-dir": tmp_path / "index", "--run-dir": tmp_path / "run", "--seed": 3,
+        "-lr": 0.002, "--index-dir": folder / "index", "--run-dir": folder / "run", "--seed": 3,
     }  # fmt: skip
+
+
+@pytest.fixture
+def list_flags(tiny_lists, tmp_path) -> dict:
+    return flags_in(tmp_path, tiny_lists)
 
 
 def test_the_published_command_on_real_clips(monkeypatch, capfd, clips, tmp_path):
@@ -137,30 +141,35 @@ def in_mid_epoch(monkeypatch, action, question: int = 3) -> None:
     monkeypatch.setattr(StopRequest, "requested", requested)
 
 
-@pytest.fixture
-def undisturbed(monkeypatch, capfd, list_flags, tmp_path) -> Path:
-    status, _, err = run(monkeypatch, capfd, list_flags | {"--run-dir": tmp_path / "whole"})
-    assert status == 0, err
-    return tmp_path / "whole"
+@pytest.fixture(scope="module")
+def undisturbed(tiny_lists, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    run_main(flags_in(folder, tiny_lists), train_kinetics)
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def stopped(tiny_lists, tmp_path_factory) -> Path:
+    """A run that SIGTERM stopped in its second epoch, with checkpoints of every step; not to be changed."""
+    folder = tmp_path_factory.mktemp("stopped")
+    with pytest.MonkeyPatch.context() as patch:
+        in_mid_epoch(patch, lambda: os.kill(os.getpid(), signal.SIGTERM), question=10)
+        run_main(flags_in(folder, tiny_lists) | {"--checkpoint-minutes": 1e-9}, train_kinetics)
+    return folder / "run"
 
 
 @pytest.mark.parametrize("damage", ["cut in half", "a flipped bit", "gone"])
-def test_the_newest_checkpoint_is_damaged(monkeypatch, capfd, list_flags, undisturbed, damage):
-    folder = Path(list_flags["--run-dir"])
-    with monkeypatch.context() as patch:
-        in_mid_epoch(patch, lambda: os.kill(os.getpid(), signal.SIGTERM), question=10)
-        status, out, _ = run(patch, capfd, list_flags | {"--checkpoint-minutes": 1e-9})
-        assert status == 0 and "stopped by SIGTERM in epoch 2" in out
+def test_the_newest_checkpoint_is_damaged(monkeypatch, capfd, list_flags, undisturbed, stopped, damage):
+    folder = copy_run(stopped, list_flags["--run-dir"])
     last = folder / "last.pt"
+    position, content = load_checkpoint(last)["position"], bytearray(last.read_bytes())
+    assert position["epoch"] == 1 and position["clips"] > 0
+    last.unlink()
     if damage == "cut in half":
-        os.truncate(last, last.stat().st_size // 2)
+        last.write_bytes(content[: len(content) // 2])
     elif damage == "a flipped bit":
-        content = bytearray(last.read_bytes())
         content[len(content) // 2] ^= 8
-        last.unlink()
         last.write_bytes(content)
-    else:
-        last.unlink()
     status, out, err = run(monkeypatch, capfd, list_flags | {"--resume": "auto"})
     assert status == 0, err
     assert "resumed from" in out and "last-1.pt" in out and ("is damaged" in out) == (damage != "gone")
