@@ -1,8 +1,10 @@
 """Running the training scripts in a test."""
 
+import contextlib
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -68,6 +70,18 @@ def refused(monkeypatch, capfd, flags: dict, message: str, script=train_fusion) 
     assert status == 2
     assert err.startswith("error: ") and err.count("\n") == 1, err
     assert re.search(message, err), err
+
+
+@contextlib.contextmanager
+def full_disk(largest: int):
+    """A limit on the size of files stands in for a full disk: a write of more than `largest` bytes fails."""
+    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest, before[1]))
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
 
 
 def metrics(run: Path) -> list[dict]:

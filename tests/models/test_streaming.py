@@ -71,8 +71,7 @@ def test_a_whole_clip_gives_the_offline_logits(number):
     torch.testing.assert_close(stream(model, key, residual)[-1], offline)
 
 
-@pytest.mark.parametrize("stride", [2, 4])
-@pytest.mark.parametrize("downsample", [True, False])
+@pytest.mark.parametrize("stride, downsample", [(2, True), (4, False)])
 def test_on_real_videos(clips, stride, downsample):
     model = network(stride=stride, downsample=downsample)
     (transform,) = eval_transforms(64, 64)

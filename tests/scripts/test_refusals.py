@@ -2,9 +2,7 @@
 
 import os
 import re
-import resource
 import shutil
-import signal
 from pathlib import Path
 
 import pytest
@@ -12,7 +10,7 @@ import torch
 
 import train_fusion
 from dataset.index import VideoIndex
-from tests.helpers.script import copy_run, refused, run_here, run_main, small_run
+from tests.helpers.script import copy_run, full_disk, refused, run_here, run_main, small_run
 from utils.checkpoint import load_checkpoint
 
 # ---- bad input --------------------------------------------------------------------------------------
@@ -128,15 +126,10 @@ def test_a_folder_that_holds_a_run_is_not_replaced(monkeypatch, capfd, flags, tr
 
 
 def test_a_full_disk_keeps_the_earlier_checkpoint(monkeypatch, capfd, flags, trained):
-    """A limit on the size of files stands in for the full disk: the write of the second checkpoint fails."""
+    """The write of the second checkpoint fails."""
     before = (trained / "last.pt").read_bytes()
-    limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))
+    with full_disk(len(before) // 2):
         status, _, err = run_here(monkeypatch, capfd, flags | {"--resume": "auto", "--epochs": 3})
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, handler)
     assert status == 2 and re.fullmatch(r"error: .*\.pt: the checkpoint cannot be written \(.*\); .*\n", err), err
     assert (trained / "last.pt").read_bytes() == before
     assert load_checkpoint(trained / "last.pt")["position"]["epoch"] == 1

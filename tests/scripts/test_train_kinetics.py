@@ -1,10 +1,10 @@
 """The script on real clips and on lists, and what a long run meets: damage to files, processes and disks."""
 
+import contextlib
 import json
 import multiprocessing
 import os
 import re
-import resource
 import shutil
 import signal
 import sys
@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import train_kinetics
-from tests.helpers.script import comparable, copy_run, metrics, run_here, run_main, same_weights
+from tests.helpers.script import comparable, copy_run, full_disk, metrics, run_here, run_main, same_weights
 from tests.helpers.script import refused as refused_by
 from utils.checkpoint import load_checkpoint
 from utils.signals import StopRequest
@@ -209,21 +209,11 @@ def test_a_data_loading_process_is_killed(monkeypatch, capfd, list_flags):
 
 
 def test_a_full_disk_in_mid_epoch(monkeypatch, capfd, list_flags, undisturbed):
-    """A limit on the size of files stands in for the full disk: the second checkpoint cannot be written."""
+    """The second checkpoint cannot be written."""
     folder = Path(list_flags["--run-dir"])
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-
-    def fill():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, before[1]))
-
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    try:
-        with monkeypatch.context() as patch:
-            in_mid_epoch(patch, fill, question=4)
-            status, _, err = run(patch, capfd, list_flags | {"--checkpoint-minutes": 1e-9})
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        signal.signal(signal.SIGXFSZ, handler)
+    with monkeypatch.context() as patch, contextlib.ExitStack() as until_the_end:
+        in_mid_epoch(patch, lambda: until_the_end.enter_context(full_disk(1_000_000)), question=4)
+        status, _, err = run(patch, capfd, list_flags | {"--checkpoint-minutes": 1e-9})
     assert status == 2 and re.fullmatch(r"error: .*last\.pt: the checkpoint cannot be written .*\n", err), err
     assert load_checkpoint(folder / "last.pt")["position"]["clips"] == 10
     status, _, err = run(monkeypatch, capfd, list_flags | {"--resume": "auto"})
@@ -253,13 +243,7 @@ def test_only_testing_needs_a_checkpoint(monkeypatch, capfd, list_flags):
 
 def test_a_full_shared_memory_is_one_line(monkeypatch, capfd, list_flags):
     """Limited as the disk above: a batch does not fit where its worker hands it over."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     monkeypatch.setattr("utils.training.fit.TrainingState.save", lambda *arguments: None)
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))
+    with full_disk(50_000):
         status, _, err = run(monkeypatch, capfd, list_flags | {"-j": 1, "-b": 5})
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        signal.signal(signal.SIGXFSZ, handler)
     assert status == 2 and re.fullmatch(r"error: .*a data loading process died .*/dev/shm.*\n", err), err
