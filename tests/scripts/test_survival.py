@@ -83,7 +83,7 @@ def test_killed_in_mid_epoch_and_resumed_to_the_bit(monkeypatch, capfd, tiny_lis
         wait_until(lambda steps=done + moment.randint(1, 4): trained_steps(parts) >= steps, process)
         assert process.poll() is None, process.communicate()
         time.sleep(moment.uniform(0, 0.1))
-        sent = time.monotonic()
+        sent, saved = time.monotonic(), saved_at(parts)
         send(way, process, processes)
         out = said(process)
         assert time.monotonic() - sent < 30
@@ -91,7 +91,7 @@ def test_killed_in_mid_epoch_and_resumed_to_the_bit(monkeypatch, capfd, tiny_lis
             assert process.returncode != 0 and out.count("error: ") == 1, out
             assert "error: process 1: " in out and "a data loading process died" in out
             position = load_checkpoint(parts / "run/last.pt")["position"]
-            assert position["clips"] > 0 or position["epoch"] > 0
+            assert saved_at(parts) > saved and (position["clips"] > 0 or position["epoch"] > 0)
         elif way != "SIGKILL":
             assert "continue with --resume auto" in out and "error: " not in out, out
         # torchrun calls it a failure that it was sent SIGTERM, whatever its processes do.
@@ -109,6 +109,11 @@ def test_killed_in_mid_epoch_and_resumed_to_the_bit(monkeypatch, capfd, tiny_lis
 def trained_steps(folder: Path) -> int:
     file = folder / "order.0"
     return len(file.read_text().splitlines()) if file.exists() else 0
+
+
+def saved_at(folder: Path) -> int:
+    file = folder / "run/last.pt"
+    return file.stat().st_mtime_ns if file.exists() else 0
 
 
 def send(way: str, process, processes: int) -> None:
