@@ -11,6 +11,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 from dataset.demo import DemoSettings, generate_demo
+from tests.helpers.script import small_run
 
 # Real HMDB-51, UCF-101, Kinetics and awkward files with `frames.json`, and the official split files.
 SHARED = Path(os.environ.get("RESPIKE_SHARED", Path(__file__).parents[2] / "shared"))
@@ -59,14 +60,8 @@ def tiny_lists(tiny_demo) -> dict:
 
 @pytest.fixture
 def flags(tiny_demo, tmp_path):
-    """A run of a tiny network on 24 tiny videos."""
-    data_root, annotation_path = tiny_demo
-    return {
-        "--dset": "hmdb51", "--data-root": str(data_root), "--annotation-path": str(annotation_path),
-        "--weights": "none", "--branches": "snn", "-T": "4", "--stride": "2", "--size": "32", "-b": "5", "-j": "0",
-        "--epochs": "2", "-lr": "0.002", "--index-dir": str(tmp_path / "index"), "--run-dir": str(tmp_path / "run"),
-        "--seed": "3", "--no-energy": None,
-    }  # fmt: skip
+    """Flags of train_fusion.py: a run of a tiny network on 24 tiny videos."""
+    return small_run(tiny_demo, tmp_path)
 
 
 @pytest.fixture(autouse=True)

@@ -23,7 +23,8 @@ def value(name, default):
 run = Path(value("--run-dir", None))
 run.mkdir(parents=True, exist_ok=True)
 epochs, seed, branches = int(value("--epochs", 2)), int(value("--seed", 0)), value("--branches", "both")
-(run / "config.json").write_text(json.dumps({"command": [Path(sys.argv[0]).name, *flags], "flags": {"epochs": epochs}}))
+(run / "new").write_text(json.dumps({"command": [Path(sys.argv[0]).name, *flags], "flags": {"epochs": epochs}}))
+(run / "new").rename(run / "config.json")  # as the real ones do: the sweep never reads half a file
 metrics = run / "metrics.jsonl"
 done = len(metrics.read_text().splitlines()) if metrics.exists() else 0
 print("starts at", done)

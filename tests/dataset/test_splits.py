@@ -50,30 +50,35 @@ def test_ucf101_layout(tmp_path):
     assert split.missing == ["Archery/v_Archery_g09_c01.avi"] and split.unlisted == ["Archery/v_Archery_g08_c02.avi"]
 
 
+@pytest.fixture(scope="module")
+def official(splits, tmp_path_factory):
+    """Folders of the videos of HMDB-51 and UCF-101, all empty: each of the three splits lists them all."""
+    root, names = tmp_path_factory.mktemp("official"), set()
+    for file in (splits / "hmdb51").glob("*_test_split1.txt"):
+        name = file.name.removesuffix("_test_split1.txt")
+        names |= {f"hmdb51/{name}/{line.split()[0]}" for line in file.read_text().splitlines()}
+    for part in ("train", "test"):
+        lines = (splits / f"ucf101/{part}list01.txt").read_text().splitlines()
+        names |= {f"ucf101/{line.split()[0]}" for line in lines}
+    for folder in {(root / name).parent for name in names}:
+        folder.mkdir(parents=True)
+    for name in names:
+        (root / name).touch()
+    return root
+
+
 @pytest.mark.parametrize("number, train, test", [(1, 3570, 1530), (2, 3570, 1530), (3, 3570, 1530)])
-def test_official_hmdb51_lists(splits, tmp_path, number, train, test):
+def test_official_hmdb51_lists(splits, official, number, train, test):
     """Counts of the official splits: 70 training and 30 test videos of each of 51 classes."""
-    for file in (splits / "hmdb51").glob(f"*_test_split{number}.txt"):
-        folder = tmp_path / file.name.removesuffix(f"_test_split{number}.txt")
-        folder.mkdir()
-        for line in file.read_text().splitlines():
-            (folder / line.split()[0]).write_bytes(b"")
-    split = read_hmdb51(tmp_path, splits / "hmdb51", number)
+    split = read_hmdb51(official / "hmdb51", splits / "hmdb51", number)
     assert (len(split.classes), len(split.train), len(split.test)) == (51, train, test)
     assert split.missing == [] and split.unlisted == []
     assert {len(r.group) > 0 for r in split.train} == {True}
 
 
 @pytest.mark.parametrize("number, train, test", [(1, 9537, 3783), (2, 9586, 3734), (3, 9624, 3696)])
-def test_official_ucf101_lists(splits, tmp_path, number, train, test):
-    names = set()
-    for part in ("train", "test"):
-        for line in (splits / f"ucf101/{part}list0{number}.txt").read_text().splitlines():
-            names.add(line.split()[0])
-    for name in names:
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_bytes(b"")
-    split = read_ucf101(tmp_path, splits / "ucf101", number)
+def test_official_ucf101_lists(splits, official, number, train, test):
+    split = read_ucf101(official / "ucf101", splits / "ucf101", number)
     assert (len(split.classes), len(split.train), len(split.test)) == (101, train, test)
     assert not {r.group for r in split.train} & {r.group for r in split.test}  # official: whole groups
 

@@ -1,15 +1,18 @@
-"""Runs in several processes, for tests: python -m torch.distributed.run ... tests/helpers/processes.py TASK ...
+"""Runs in several processes, for tests: tests/helpers/processes.py TASK ...
 
-step FOLDER BATCH ACCUMULATE BN      one optimizer step in float64, its gradients to a file
-count FOLDER OUT                     test scores of 7 and of 101 videos
+compute FOLDER OUT                   gradients, running statistics and test scores, to OUT/<number of processes>
+run SCRIPT FLAGS ...                 a script
 train LOG SCRIPT FLAGS ...           a training script that logs which videos it trains on
+ranks COUNTS TASK ...                one of these in that many forked processes (1,2: in one, then in two). Less than
+                                     torchrun does: signals and failures are not handed on. PyTorch is imported once.
 """
 
 import json
+import multiprocessing
 import os
 import runpy
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -27,6 +30,7 @@ from dataset.video import VideoDataset, make_loader
 from models import ReSpike
 from models.batch_norm import BATCH_NORMS, FrameBatchNorm2d, StepBatchNorm2d, synchronise_batch_norm
 from models.neurons import LIF
+from tests.helpers.script import free_port
 from utils.runtime import Runtime, join_run
 from utils.training.engine import TrainPosition, evaluate, train_one_epoch
 
@@ -65,7 +69,7 @@ def compute(folder: str, out: str) -> None:
         results["empty batch"] = one_step(folder, runtime, 4 // runtime.count, 2, "fixed", gone)
         results["fused"] = fused_batch_norm(runtime)
     if runtime.is_main:
-        torch.save(results, out)
+        torch.save(results, Path(out) / str(runtime.count))
 
 
 def one_step(
@@ -140,7 +144,7 @@ def count(folder: str, runtime: Runtime) -> list[dict]:
         if name.endswith("running_mean"):
             buffer.normal_(0, 0.2)
     results = []
-    for videos in (table(folder, 7), table(folder, 101)):
+    for videos in (table(folder, 7), table(folder, 23)):
         views = SegmentSampling(4, views=2)
         data = VideoDataset(videos, eval_clips(videos, views), views, eval_transforms(32, 36), seed=0)
         batches = EvalBatchSampler(data.clips, 4, runtime.rank, runtime.count)
@@ -149,8 +153,18 @@ def count(folder: str, runtime: Runtime) -> list[dict]:
     return results
 
 
+def run(script: str, *flags: str) -> None:
+    sys.argv = [script, *flags]
+    runpy.run_path(script, run_name="__main__")
+
+
 def train(log: str, script: str, *flags: str) -> None:
-    """Adds lines (epoch, clips done, videos) to `log`.<rank> for each batch that is trained on."""
+    log_videos(log, setattr)
+    run(script, *flags)
+
+
+def log_videos(log: str | Path, setattr: Callable) -> None:
+    """From here on lines (epoch, clips done, videos) go to `log`.<rank> for each batch that is trained on."""
     import utils.training.fit
     import utils.training.metrics
 
@@ -166,11 +180,31 @@ def train(log: str, script: str, *flags: str) -> None:
             file.write(json.dumps([at["position"].epoch, at["position"].clips, videos.tolist()]) + "\n")
         add(watch, loss, videos)
 
-    utils.training.fit.train_one_epoch, utils.training.metrics.LossWatch.add = remembering, logging
-    sys.argv = [script, *flags]
-    runpy.run_path(script, run_name="__main__")
+    setattr(utils.training.fit, "train_one_epoch", remembering)
+    setattr(utils.training.metrics.LossWatch, "add", logging)
 
+
+def ranks(counts: str, task: str, *arguments: str) -> None:
+    def rank(number: int, count: int, port: int) -> None:
+        about = {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), **{k: str(v) for k, v in about.items()}}
+        torch.set_num_threads(1)
+        TASKS[task](*arguments)
+
+    fork = multiprocessing.get_context("fork")
+    for count in map(int, counts.split(",")):
+        port = free_port()
+        processes = [fork.Process(target=rank, args=(number, count, port)) for number in range(count)]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join()
+        if any(process.exitcode for process in processes):
+            sys.exit(1)
+
+
+TASKS = {"compute": compute, "run": run, "train": train, "ranks": ranks}
 
 if __name__ == "__main__":
     task, *arguments = sys.argv[1:]
-    {"compute": compute, "train": train}[task](*arguments)
+    TASKS[task](*arguments)

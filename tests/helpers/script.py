@@ -1,8 +1,11 @@
 """Running the training scripts in a test."""
 
+import contextlib
 import json
 import os
 import re
+import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -15,6 +18,7 @@ import torch
 
 import train_fusion
 from utils.checkpoint import load_checkpoint
+from utils.run_folder import leave_run_folders
 from utils.script import run_script
 
 ROOT = Path(__file__).parents[2]
@@ -33,11 +37,51 @@ def run_here(monkeypatch, capfd, flags: dict, script=train_fusion) -> tuple[int,
     return left.value.code or 0, out, err
 
 
+def run_main(flags: dict, script=train_fusion) -> None:
+    """A script's main in this process, for fixtures that live longer than a test."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [f"{script.__name__}.py", *command_line(flags)])
+        assert script.main() == 0
+    leave_run_folders()
+
+
+def small_run(tiny_demo: tuple[Path, Path], folder: Path) -> dict:
+    """Flags of train_fusion.py: a tiny network on 24 tiny videos, in folder/run."""
+    data_root, annotation_path = tiny_demo
+    return {
+        "--dset": "hmdb51", "--data-root": str(data_root), "--annotation-path": str(annotation_path),
+        "--weights": "none", "--branches": "snn", "-T": "4", "--stride": "2", "--size": "32", "-b": "5", "-j": "0",
+        "--epochs": "2", "-lr": "0.002", "--index-dir": str(folder / "index"), "--run-dir": str(folder / "run"),
+        "--seed": "3", "--no-energy": None,
+    }  # fmt: skip
+
+
+def copy_run(run: Path, target: Path | str) -> Path:
+    """Checkpoints are linked: they are large, and scripts replace them. A test must not write into one."""
+
+    def copy(source: str, to: str) -> None:
+        (os.link if source.endswith(".pt") else shutil.copy2)(source, to)
+
+    return Path(shutil.copytree(run, target, copy_function=copy, dirs_exist_ok=True))
+
+
 def refused(monkeypatch, capfd, flags: dict, message: str, script=train_fusion) -> None:
     status, _, err = run_here(monkeypatch, capfd, flags, script)
     assert status == 2
     assert err.startswith("error: ") and err.count("\n") == 1, err
     assert re.search(message, err), err
+
+
+@contextlib.contextmanager
+def full_disk(largest: int):
+    """A limit on the size of files stands in for a full disk: a write of more than `largest` bytes fails."""
+    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest, before[1]))
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
 
 
 def metrics(run: Path) -> list[dict]:
@@ -69,6 +113,11 @@ def start_python(arguments: list[str], processes: int = 1) -> subprocess.Popen:
         [*python, *arguments],
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,
     )  # fmt: skip
+
+
+def start_ranks(arguments: list, *counts: int) -> subprocess.Popen:
+    """A task of tests/helpers/processes.py in several processes that a single one forks; in each of `counts`."""
+    return start_python(["tests/helpers/processes.py", "ranks", ",".join(map(str, counts)), *map(str, arguments)])
 
 
 def free_port() -> int:

@@ -11,7 +11,7 @@ import evaluate
 import train_fusion
 import train_kinetics
 from models import ReSpike
-from tests.helpers.script import all_metrics, command_line, finish, metrics, refused, run_here, start_python
+from tests.helpers.script import all_metrics, command_line, finish, metrics, refused, run_here, run_main, start_ranks
 from utils.energy import count_operations
 
 COMMON = {
@@ -31,8 +31,7 @@ def runs(tiny_demo, tiny_lists, tmp_path_factory) -> dict[str, Path]:
         (train_fusion, {**data, "--branches": "both", "--downsample": None, "--fusion": "lean"}),
         (train_kinetics, {**tiny_lists, "--no-energy": None, "--residual": "previous"}),
     ):
-        run = {**COMMON, **index, **flags, "--run-dir": folder / script.__name__}
-        finish(start_python([f"{script.__name__}.py", *command_line(run)]))
+        run_main({**COMMON, **index, **flags, "--run-dir": folder / script.__name__}, script)
     return {"fusion": folder / "train_fusion", "kinetics": folder / "train_kinetics", "index": folder / "index"}
 
 
@@ -103,12 +102,11 @@ def test_other_constants(monkeypatch, capfd, runs, tmp_path):
     assert result["energy"]["total_mj"] == pytest.approx(want)
 
 
-@pytest.mark.parametrize("processes", [2, 3])
-def test_several_processes_count_the_same(runs, tmp_path, processes):
+def test_three_processes_count_the_same(runs, tmp_path):
     flags = {str(runs["fusion"]): None, "--out": tmp_path, "--index-dir": runs["index"], "-j": 0, "--energy": None}
-    finish(start_python(["evaluate.py", *command_line(flags)], processes))
+    finish(start_ranks(["run", "evaluate.py", *command_line(flags)], 3))
     result = json.loads((tmp_path / "evaluation.json").read_text())
-    assert result["counts"] == metrics(runs["fusion"])[0]["counts"] and result["protocol"]["processes"] == processes
+    assert result["counts"] == metrics(runs["fusion"])[0]["counts"] and result["protocol"]["processes"] == 3
     parts = all_metrics(runs["fusion"])[-1]["energy"]["parts"]
     assert result["energy"]["parts"] == parts
     assert len((tmp_path / "predictions.csv").read_text().splitlines()) == 9

@@ -84,9 +84,9 @@ def videos(tiny_demo) -> list[Path]:
 # ---- whole videos -----------------------------------------------------------------------------------
 
 
-def expected(checkpoint: Path, video: Path, views: int, crops: int, short_side: int) -> torch.Tensor:
+def expected(model: ReSpike, video: Path, views: int, crops: int, short_side: int) -> torch.Tensor:
     """Decoded, cropped and averaged one clip at a time."""
-    model, shares = ReSpike.from_checkpoint(checkpoint), []
+    shares = []
     sampling = SAMPLINGS[model.trained.sampling](4, model.trained.flags["frame_stride"], views)
     frames = probe(video).frames
     for place in sampling.places(frames):
@@ -115,8 +115,9 @@ def test_probabilities_are_those_of_a_test(
     assert predict.main() == 0
     lines = objects(capfd.readouterr()[0])
     assert [line["path"] for line in lines] == list(map(str, videos))
+    model = ReSpike.from_checkpoint(checkpoint)
     for video, line in zip(videos, lines, strict=True):
-        best = expected(checkpoint, video, views, crops, short_side).topk(5)
+        best = expected(model, video, views, crops, short_side).topk(5)
         assert [name for name, _ in line["top5"]] == [CLASSES[label] for label in best.indices]
         assert [share for _, share in line["top5"]] == pytest.approx(best.values.tolist(), abs=1e-5)
 

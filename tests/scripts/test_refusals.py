@@ -2,16 +2,15 @@
 
 import os
 import re
-import resource
-import subprocess
-import sys
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
 import train_fusion
-from tests.helpers.script import ROOT, command_line, refused, run_here
+from dataset.index import VideoIndex
+from tests.helpers.script import copy_run, full_disk, refused, run_here, run_main, small_run
 from utils.checkpoint import load_checkpoint
 
 # ---- bad input --------------------------------------------------------------------------------------
@@ -76,14 +75,23 @@ def test_a_reader_that_finds_nothing_to_train_on(monkeypatch, capfd, flags):
     refused(monkeypatch, capfd, flags, r"0 training clips cannot be shared out to 1 processes")
 
 
+@pytest.fixture(scope="module")
+def whole(tiny_demo, tmp_path_factory) -> Path:
+    """The folder of a finished run; not to be changed."""
+    folder = tmp_path_factory.mktemp("whole")
+    run_main(small_run(tiny_demo, folder) | {"--epochs": 1})
+    return folder / "run"
+
+
 @pytest.fixture
-def trained(monkeypatch, capfd, flags):
-    assert run_here(monkeypatch, capfd, flags | {"--epochs": 1})[0] == 0
-    return Path(flags["--run-dir"])
+def trained(whole, flags) -> Path:
+    return copy_run(whole, flags["--run-dir"])
 
 
 def test_truncated_checkpoint(monkeypatch, capfd, flags, trained):
-    os.truncate(trained / "last.pt", 50_000)
+    content = (trained / "last.pt").read_bytes()
+    (trained / "last.pt").unlink()
+    (trained / "last.pt").write_bytes(content[:50_000])
     refused(monkeypatch, capfd, flags | {"--resume": "auto"}, r"last\.pt: not a readable checkpoint")
 
 
@@ -118,17 +126,12 @@ def test_a_folder_that_holds_a_run_is_not_replaced(monkeypatch, capfd, flags, tr
     assert run_here(monkeypatch, capfd, flags | {"--overwrite": None})[0] == 0
 
 
-def test_a_full_disk_keeps_the_earlier_checkpoint(flags, trained):
-    """A limit on the size of files stands in for the full disk: the write of the second checkpoint fails."""
+def test_a_full_disk_keeps_the_earlier_checkpoint(monkeypatch, capfd, flags, trained):
+    """The write of the second checkpoint fails."""
     before = (trained / "last.pt").read_bytes()
-    limit = len(before) // 2
-    process = subprocess.run(
-        [sys.executable, "train_fusion.py", *command_line(flags | {"--resume": "auto", "--epochs": 3})],
-        cwd=ROOT, capture_output=True, text=True, timeout=300,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
-    )  # fmt: skip
-    assert process.returncode == 2, process.stderr
-    assert re.fullmatch(r"error: .*\.pt: the checkpoint cannot be written \(.*\); .*\n", process.stderr), process.stderr
+    with full_disk(len(before) // 2):
+        status, _, err = run_here(monkeypatch, capfd, flags | {"--resume": "auto", "--epochs": 3})
+    assert status == 2 and re.fullmatch(r"error: .*\.pt: the checkpoint cannot be written \(.*\); .*\n", err), err
     assert (trained / "last.pt").read_bytes() == before
     assert load_checkpoint(trained / "last.pt")["position"]["epoch"] == 1
     assert not list(trained.glob(".*.tmp"))
@@ -149,8 +152,6 @@ def test_a_folder_without_write_permission(monkeypatch, capfd, flags, tmp_path):
 @pytest.fixture
 def broken_copy(tiny_demo, tmp_path):
     """The tiny videos, one of them cut to nothing, one replaced by text."""
-    import shutil
-
     root = shutil.copytree(tiny_demo[0], tmp_path / "videos")
     files = sorted(root.glob("*/train*.avi"))
     files[0].write_bytes(b"")
@@ -173,14 +174,12 @@ def test_strict_fails_on_them(monkeypatch, capfd, flags, broken_copy):
 
 
 @pytest.fixture
-def breaks_after_indexing(monkeypatch, capfd, flags, tiny_demo, tmp_path):
+def breaks_after_indexing(monkeypatch, flags, tiny_demo, tmp_path):
     """(flags, path): a video that was in order when it was indexed, and is not now."""
-    import shutil
-
     monkeypatch.setattr("dataset.video.RETRY_SECONDS", 0.0)
     root = shutil.copytree(tiny_demo[0], tmp_path / "videos")
     changed = flags | {"--data-root": root, "--epochs": 1}
-    assert run_here(monkeypatch, capfd, changed | {"--run-dir": tmp_path / "first"})[0] == 0
+    VideoIndex(tmp_path / "index/hmdb51.json").lookup(list(map(str, root.glob("*/*.avi"))), workers=2)
     victim = sorted(root.glob("*/train*.avi"))[3]
     stat, size = victim.stat(), victim.stat().st_size
     victim.write_bytes(b"\0" * size)

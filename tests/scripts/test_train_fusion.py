@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import signal
 import sys
 import time
@@ -15,21 +16,43 @@ from tests.helpers.script import (
     TIMES,
     all_metrics,
     comparable,
+    copy_run,
     finish,
     metrics,
     refused,
     run_here,
+    run_main,
     same_weights,
+    small_run,
     start,
     wait_until,
 )
 from utils.checkpoint import load_checkpoint
 
+
+@pytest.fixture(scope="module")
+def whole(tiny_demo, tmp_path_factory) -> Path:
+    """The folder of a finished run with the flags of `flags`; not to be changed."""
+    folder = tmp_path_factory.mktemp("whole")
+    run_main(small_run(tiny_demo, folder))
+    return folder / "run"
+
+
+@pytest.fixture
+def finished(whole, flags) -> Path:
+    """The same run in the folder that `flags` names."""
+    return copy_run(whole, flags["--run-dir"])
+
+
 # ---- a run ------------------------------------------------------------------------------------------
 
 
 def test_a_run_and_its_folder(monkeypatch, capfd, flags):
-    status, out, err = run_here(monkeypatch, capfd, flags | {"--branches": "both", "--views": 2})
+    """Files, lines, and what TensorBoard shows: metrics and pictures."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    more = {"--branches": "both", "--views": 2, "--energy": None}
+    status, out, err = run_here(monkeypatch, capfd, flags | more)
     run = Path(flags["--run-dir"])
     assert status == 0, err
     lines = metrics(run)
@@ -50,18 +73,12 @@ def test_a_run_and_its_folder(monkeypatch, capfd, flags):
         and "8 to test, 2 views x 1 crops each" in out
     )
 
-
-def test_tensorboard_holds_metrics_and_pictures(monkeypatch, capfd, flags):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    assert run_here(monkeypatch, capfd, flags | {"--branches": "both", "--energy": None})[0] == 0
-    events = EventAccumulator(flags["--run-dir"])
+    events = EventAccumulator(str(run))
     events.Reload()
     assert events.Tags()["images"] == ["key_and_residual_frames", "firing_rates", "attention"]
     assert [event.step for event in events.Images("attention")] == [2]  # epochs
-    assert [event.value for event in events.Scalars("video_top1")] == [
-        pytest.approx(line["video_top1"]) for line in metrics(Path(flags["--run-dir"]))
-    ]
+    shown = [event.value for event in events.Scalars("video_top1")]
+    assert shown == pytest.approx([line["video_top1"] for line in lines])
     assert "firing_rate/stage1" in events.Tags()["scalars"]
 
 
@@ -73,7 +90,7 @@ def test_energy_is_not_counted_for_graded_spikes(monkeypatch, capfd, flags):
             return 0.5 + super().forward(current)  # also where nothing fires
 
     monkeypatch.setitem(NEURONS, "graded", Graded)
-    status, out, err = run_here(monkeypatch, capfd, flags | {"--neuron": "graded", "--energy": None})
+    status, out, err = run_here(monkeypatch, capfd, flags | {"--neuron": "graded", "--energy": None, "--epochs": 1})
     assert status == 0, err
     assert "neuron Graded gives others" in out and "the run ends without it" in out
     closing = all_metrics(Path(flags["--run-dir"]))[-1]
@@ -136,7 +153,7 @@ def test_every_published_flag_is_there(monkeypatch, tmp_path):
 def undisturbed(tiny_demo, tmp_path_factory):
     """Runs with the flags of `resumable`, once a module."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    finish(start(resumable(tiny_demo, folder)))
+    run_main(resumable(tiny_demo, folder))
     return folder / "run"
 
 
@@ -148,15 +165,16 @@ def resumable(tiny_demo, folder: Path) -> dict:
     }  # fmt: skip
 
 
-def test_interrupted_at_a_random_moment_and_resumed_to_the_bit(tiny_demo, tmp_path, undisturbed):
-    """Ctrl-C; the other signals, SIGKILL among them, are in test_processes.py."""
+def test_interrupted_at_a_random_moment_and_resumed_to_the_bit(monkeypatch, capfd, tiny_demo, tmp_path, undisturbed):
+    """Ctrl-C; the other signals, SIGKILL among them, are in test_survival.py."""
     flags, run = resumable(tiny_demo, tmp_path), tmp_path / "run"
     process = start(flags)
     wait_until(lambda: (run / "metrics.jsonl").exists() and len(metrics(run)) >= 1, process)
     time.sleep(random.Random(3).uniform(0, 1.5))
     process.send_signal(signal.SIGINT)
     finish(process)
-    finish(start(flags))
+    status, _, err = run_here(monkeypatch, capfd, flags)
+    assert status == 0, err
     assert comparable(run) == comparable(undisturbed)
     assert same_weights(run, undisturbed)
     best = [load_checkpoint(folder / "best.pt") for folder in (run, undisturbed)]
@@ -164,11 +182,13 @@ def test_interrupted_at_a_random_moment_and_resumed_to_the_bit(tiny_demo, tmp_pa
     assert not list(run.glob(".*.tmp"))
 
 
-@pytest.mark.parametrize("more", [{}, {"--accumulate": 2}, {"--val-fraction": 0.3}], ids=["plain", "accumulate", "val"])
-def test_stopped_in_evaluation_and_resumed(monkeypatch, capfd, flags, tmp_path, more):
+@pytest.mark.parametrize("more", [{}, {"--accumulate": 2, "--val-fraction": 0.3}], ids=["plain", "accumulate and val"])
+def test_stopped_in_evaluation_and_resumed(monkeypatch, capfd, flags, tmp_path, whole, more):
     import utils.training.fit
 
-    assert run_here(monkeypatch, capfd, flags | more | {"--run-dir": tmp_path / "whole"})[0] == 0
+    if more:
+        whole = tmp_path / "whole"
+        assert run_here(monkeypatch, capfd, flags | more | {"--run-dir": whole})[0] == 0
     with monkeypatch.context() as patch:
         patch.setattr(utils.training.fit, "evaluate", lambda *args, **kwargs: None)  # as if a signal had come
         status, out, _ = run_here(monkeypatch, capfd, flags | more)
@@ -176,17 +196,16 @@ def test_stopped_in_evaluation_and_resumed(monkeypatch, capfd, flags, tmp_path, 
     status, out, err = run_here(monkeypatch, capfd, flags | more | {"--resume": "auto"})
     assert status == 0, err
     run = Path(flags["--run-dir"])
-    assert comparable(run) == comparable(tmp_path / "whole") and same_weights(run, tmp_path / "whole")
+    assert comparable(run) == comparable(whole) and same_weights(run, whole)
 
 
-def test_a_resumed_run_follows_its_flags(monkeypatch, capfd, flags, tmp_path):
-    assert run_here(monkeypatch, capfd, flags)[0] == 0
+def test_a_resumed_run_follows_its_flags(monkeypatch, capfd, flags, finished):
     changed = flags | {"-lr": "0.004", "--weight_decay": "0.01", "--epochs": 4, "--resume": "auto"}
     status, out, _ = run_here(monkeypatch, capfd, changed)
     assert status == 0 and "note: --learning-rate was 0.002, is now 0.004" in out
-    rates = [line["learning_rate"] for line in metrics(Path(flags["--run-dir"]))]
+    rates = [line["learning_rate"] for line in metrics(finished)]
     assert rates == pytest.approx([0.002, 0.001, 0.002, 0.004 * 0.1464466])  # the last two: cosine over 4 epochs
-    group = load_checkpoint(Path(flags["--run-dir"]) / "last.pt")["optimizer"]["param_groups"][0]
+    group = load_checkpoint(finished / "last.pt")["optimizer"]["param_groups"][0]
     assert group["weight_decay"] == 0.01
 
 
@@ -225,8 +244,6 @@ def test_another_batch_size_in_mid_epoch_trains_on_the_rest(monkeypatch, capfd, 
 
 def test_going_on_without_a_video_that_is_gone(monkeypatch, capfd, in_mid_epoch, tiny_demo, tmp_path):
     """The order of the other clips stays, as the place of the one that is gone stays empty."""
-    import shutil
-
     root = shutil.copytree(tiny_demo[0], tmp_path / "videos")
     sorted(root.glob("*/train*.avi"))[3].unlink()
     status, out, err = run_here(monkeypatch, capfd, in_mid_epoch | {"--data-root": root})
@@ -237,55 +254,43 @@ def test_going_on_without_a_video_that_is_gone(monkeypatch, capfd, in_mid_epoch,
     assert len(clips) == 24  # another start still knows the run's clips
 
 
-def test_going_back_to_an_earlier_checkpoint(monkeypatch, capfd, flags):
+def test_going_back_to_an_earlier_checkpoint(monkeypatch, capfd, flags, finished):
     """What is gone on from is the newest from then on, should the run be killed at once; and a best epoch that
     is yet to come again does not count."""
-    assert run_here(monkeypatch, capfd, flags | {"--epochs": 3, "--keep": 3})[0] == 0
-    run = Path(flags["--run-dir"])
-    first = load_checkpoint(run / "last-2.pt")
-    assert first["position"]["epoch"] == 1
-    back = flags | {"--epochs": 3, "--keep": 3, "--resume": run / "last-2.pt"}
+    assert load_checkpoint(finished / "last-1.pt")["position"]["epoch"] == 1
+    back = flags | {"--resume": finished / "last-1.pt"}
     with monkeypatch.context() as patch:
         patch.setattr("utils.signals.StopRequest.requested", lambda self: True)
         status, out, err = run_here(patch, capfd, back)
         assert status == 0 and "in epoch 2 after 0 clips" in out, err
-    assert load_checkpoint(run / "last.pt")["position"]["epoch"] == 1
-    best = load_checkpoint(run / "last.pt")["best"]["epoch"]
-    assert best is None or best <= 1
-    assert [line["epoch"] for line in metrics(run)] == [0]
+    last = load_checkpoint(finished / "last.pt")
+    assert last["position"]["epoch"] == 1 and last["best"]["epoch"] in (None, 0, 1)
+    assert [line["epoch"] for line in metrics(finished)] == [0]
 
 
-def test_only_testing(monkeypatch, capfd, flags, tmp_path):
-    assert run_here(monkeypatch, capfd, flags)[0] == 0
-    run = Path(flags["--run-dir"])
-    before = {file.name: file.read_bytes() for file in run.iterdir()}
+def test_only_testing(monkeypatch, capfd, flags, finished):
+    before = {file.name: file.read_bytes() for file in finished.iterdir()}
     status, out, err = run_here(monkeypatch, capfd, flags | {"--resume": "auto", "--test-only": None})
     assert status == 0 and "test after 2 epochs" in out, err
-    result = json.loads((run / "test.json").read_text())
-    line = metrics(run)[-1]
+    result = json.loads((finished / "test.json").read_text())
+    line = metrics(finished)[-1]
     assert all(result[name] == line[name] for name in ("clip_top1", "video_top1", "video_top5", "counts"))
-    assert {file.name: file.read_bytes() for file in run.iterdir() if file.name != "test.json"} == before
+    assert {file.name: file.read_bytes() for file in finished.iterdir() if file.name != "test.json"} == before
     refused(monkeypatch, capfd, flags | {"--test-only": None}, r"--test-only: which weights\?")
 
 
-def test_another_runs_folder_is_not_replaced_by_resuming(monkeypatch, capfd, flags, tmp_path):
-    other = flags | {"--run-dir": tmp_path / "other"}
-    assert run_here(monkeypatch, capfd, flags)[0] == run_here(monkeypatch, capfd, other)[0] == 0
-    last = Path(flags["--run-dir"]) / "last.pt"
-    refused(monkeypatch, capfd, other | {"--resume": last}, "holds a run already")
+def test_another_runs_folder_is_not_replaced_by_resuming(monkeypatch, capfd, flags, finished, whole):
+    refused(monkeypatch, capfd, flags | {"--resume": whole / "last.pt"}, "holds a run already")
 
 
-def test_a_mistake_does_not_cost_the_run_to_be_overwritten(monkeypatch, capfd, flags):
-    assert run_here(monkeypatch, capfd, flags)[0] == 0
-    last = Path(flags["--run-dir"]) / "last.pt"
+def test_a_mistake_does_not_cost_the_run_to_be_overwritten(monkeypatch, capfd, flags, finished):
+    last = finished / "last.pt"
     before = last.read_bytes()
     refused(monkeypatch, capfd, flags | {"--overwrite": None, "--data-root": "/nowhere"}, "no such folder")
     assert last.read_bytes() == before
 
 
-def test_resumed_from_a_path_and_told_what_changed(monkeypatch, capfd, flags, tmp_path):
-    assert run_here(monkeypatch, capfd, flags)[0] == 0
-    last = Path(flags["--run-dir"]) / "last.pt"
-    more = flags | {"--epochs": 3, "--resume": last, "--run-dir": tmp_path / "more"}
+def test_resumed_from_a_path_and_told_what_changed(monkeypatch, capfd, flags, whole, tmp_path):
+    more = flags | {"--epochs": 3, "--resume": whole / "last.pt", "--run-dir": tmp_path / "more"}
     status, out, _ = run_here(monkeypatch, capfd, more)
     assert status == 0 and "epoch 3, clip 0 of 24" in out and "note: --epochs was 2, is now 3" in out

@@ -1,10 +1,10 @@
 """The script on real clips and on lists, and what a long run meets: damage to files, processes and disks."""
 
+import contextlib
 import json
 import multiprocessing
 import os
 import re
-import resource
 import shutil
 import signal
 import sys
@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import train_kinetics
-from tests.helpers.script import comparable, metrics, run_here, same_weights
+from tests.helpers.script import comparable, copy_run, full_disk, metrics, run_here, run_main, same_weights
 from tests.helpers.script import refused as refused_by
 from utils.checkpoint import load_checkpoint
 from utils.signals import StopRequest
@@ -27,12 +27,16 @@ def refused(monkeypatch, capfd, flags, message):
     refused_by(monkeypatch, capfd, flags, message, train_kinetics)
 
 
-@pytest.fixture
-def list_flags(tiny_lists, tmp_path) -> dict:
+def flags_in(folder: Path, tiny_lists: dict) -> dict:
     return tiny_lists | {
         "--weights": "none", "--branches": "snn", "-T": 4, "--stride": 2, "--size": 32, "-b": 5, "-j": 0, "--epochs": 2,
-        "-lr": 0.002, "--index-dir": tmp_path / "index", "--run-dir": tmp_path / "run", "--seed": 3,
+        "-lr": 0.002, "--index-dir": folder / "index", "--run-dir": folder / "run", "--seed": 3,
     }  # fmt: skip
+
+
+@pytest.fixture
+def list_flags(tiny_lists, tmp_path) -> dict:
+    return flags_in(tmp_path, tiny_lists)
 
 
 def test_the_published_command_on_real_clips(monkeypatch, capfd, clips, tmp_path):
@@ -137,30 +141,35 @@ def in_mid_epoch(monkeypatch, action, question: int = 3) -> None:
     monkeypatch.setattr(StopRequest, "requested", requested)
 
 
-@pytest.fixture
-def undisturbed(monkeypatch, capfd, list_flags, tmp_path) -> Path:
-    status, _, err = run(monkeypatch, capfd, list_flags | {"--run-dir": tmp_path / "whole"})
-    assert status == 0, err
-    return tmp_path / "whole"
+@pytest.fixture(scope="module")
+def undisturbed(tiny_lists, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    run_main(flags_in(folder, tiny_lists), train_kinetics)
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def stopped(tiny_lists, tmp_path_factory) -> Path:
+    """A run that SIGTERM stopped in its second epoch, with checkpoints of every step; not to be changed."""
+    folder = tmp_path_factory.mktemp("stopped")
+    with pytest.MonkeyPatch.context() as patch:
+        in_mid_epoch(patch, lambda: os.kill(os.getpid(), signal.SIGTERM), question=10)
+        run_main(flags_in(folder, tiny_lists) | {"--checkpoint-minutes": 1e-9}, train_kinetics)
+    return folder / "run"
 
 
 @pytest.mark.parametrize("damage", ["cut in half", "a flipped bit", "gone"])
-def test_the_newest_checkpoint_is_damaged(monkeypatch, capfd, list_flags, undisturbed, damage):
-    folder = Path(list_flags["--run-dir"])
-    with monkeypatch.context() as patch:
-        in_mid_epoch(patch, lambda: os.kill(os.getpid(), signal.SIGTERM), question=10)
-        status, out, _ = run(patch, capfd, list_flags | {"--checkpoint-minutes": 1e-9})
-        assert status == 0 and "stopped by SIGTERM in epoch 2" in out
+def test_the_newest_checkpoint_is_damaged(monkeypatch, capfd, list_flags, undisturbed, stopped, damage):
+    folder = copy_run(stopped, list_flags["--run-dir"])
     last = folder / "last.pt"
+    position, content = load_checkpoint(last)["position"], bytearray(last.read_bytes())
+    assert position["epoch"] == 1 and position["clips"] > 0
+    last.unlink()
     if damage == "cut in half":
-        os.truncate(last, last.stat().st_size // 2)
+        last.write_bytes(content[: len(content) // 2])
     elif damage == "a flipped bit":
-        content = bytearray(last.read_bytes())
         content[len(content) // 2] ^= 8
-        last.unlink()
         last.write_bytes(content)
-    else:
-        last.unlink()
     status, out, err = run(monkeypatch, capfd, list_flags | {"--resume": "auto"})
     assert status == 0, err
     assert "resumed from" in out and "last-1.pt" in out and ("is damaged" in out) == (damage != "gone")
@@ -200,21 +209,11 @@ def test_a_data_loading_process_is_killed(monkeypatch, capfd, list_flags):
 
 
 def test_a_full_disk_in_mid_epoch(monkeypatch, capfd, list_flags, undisturbed):
-    """A limit on the size of files stands in for the full disk: the second checkpoint cannot be written."""
+    """The second checkpoint cannot be written."""
     folder = Path(list_flags["--run-dir"])
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-
-    def fill():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, before[1]))
-
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    try:
-        with monkeypatch.context() as patch:
-            in_mid_epoch(patch, fill, question=4)
-            status, _, err = run(patch, capfd, list_flags | {"--checkpoint-minutes": 1e-9})
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        signal.signal(signal.SIGXFSZ, handler)
+    with monkeypatch.context() as patch, contextlib.ExitStack() as until_the_end:
+        in_mid_epoch(patch, lambda: until_the_end.enter_context(full_disk(1_000_000)), question=4)
+        status, _, err = run(patch, capfd, list_flags | {"--checkpoint-minutes": 1e-9})
     assert status == 2 and re.fullmatch(r"error: .*last\.pt: the checkpoint cannot be written .*\n", err), err
     assert load_checkpoint(folder / "last.pt")["position"]["clips"] == 10
     status, _, err = run(monkeypatch, capfd, list_flags | {"--resume": "auto"})
@@ -244,13 +243,7 @@ def test_only_testing_needs_a_checkpoint(monkeypatch, capfd, list_flags):
 
 def test_a_full_shared_memory_is_one_line(monkeypatch, capfd, list_flags):
     """Limited as the disk above: a batch does not fit where its worker hands it over."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     monkeypatch.setattr("utils.training.fit.TrainingState.save", lambda *arguments: None)
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))
+    with full_disk(50_000):
         status, _, err = run(monkeypatch, capfd, list_flags | {"-j": 1, "-b": 5})
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        signal.signal(signal.SIGXFSZ, handler)
     assert status == 2 and re.fullmatch(r"error: .*a data loading process died .*/dev/shm.*\n", err), err
