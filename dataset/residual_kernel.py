@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from utils.triton_language import tl, triton
+from utils.triton_language import cdiv, tl, triton
 
 _BLOCK = 1024
 
@@ -56,7 +56,7 @@ def split(
     pixels = height * width
     if segments.numel():
         with torch.cuda.device_of(segments):
-            _split_kernel[(triton.cdiv(pixels * channels, _BLOCK), batch * keys)](
+            _split_kernel[(cdiv(pixels * channels, _BLOCK), batch * keys)](
                 segments, key, residual, pixels, batch * keys, *scale, *mean, MINUS=minus, STRIDE=stride,
                 CHANNELS=channels, BLOCK=_BLOCK, num_warps=4,
             )  # fmt: skip

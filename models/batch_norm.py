@@ -33,11 +33,10 @@ class FusedBatchNorm2d(nn.BatchNorm2d):
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """(sum, spikes) of `models.kernels.operators.batch_norm`."""
         mean, variance, count = self._statistics(_merged(x) if self.mode == "merged" else x)
-        total, spikes, _ = operators.batch_norm(
-            x, mean, variance, self.weight, self.bias, residual, None, count, self.eps,
-            self.training, keep_sum, fire, False, relu, pool, *neuron.as_arguments(),
+        return operators.batch_norm(
+            x, mean, variance, self.weight, self.bias, residual, count, self.eps,
+            self.training, keep_sum, fire, relu, pool, neuron.text,
         )  # fmt: skip
-        return total, spikes
 
     @torch.no_grad()
     def _statistics(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:

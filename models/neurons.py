@@ -62,10 +62,10 @@ def runs_on_triton(backend: str, x: Tensor) -> bool:
 
 def _lif_triton(current: Tensor, parameters: LIFParameters, v0: Tensor | None, keep_v: bool) -> tuple[Tensor, Tensor]:
     if current.shape[0] <= MAX_STEPS:
-        return operators.lif(current, v0, keep_v, *parameters.as_arguments())
+        return operators.lif(current, v0, keep_v, parameters.text)
     parts = []
     for part in current.split(MAX_STEPS):
-        spikes, v0 = operators.lif(part, v0, True, *parameters.as_arguments())
+        spikes, v0 = operators.lif(part, v0, True, parameters.text)
         parts.append(spikes)
     return torch.cat(parts), v0
 

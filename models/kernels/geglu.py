@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 from models.kernels.triton_lif import compute_type
-from utils.triton_language import tl, triton, why_not_on
+from utils.triton_language import cdiv, tl, triton, why_not_on
 
 _BLOCK = 1024  # hidden values of a program
 
@@ -49,7 +49,7 @@ def _geglu(x: Tensor) -> Tensor:
     x, out = x.contiguous(), _half(x)
     if out.numel():
         with torch.cuda.device_of(x):
-            _forward_kernel[(triton.cdiv(out.numel(), _BLOCK),)](
+            _forward_kernel[(cdiv(out.numel(), _BLOCK),)](
                 x, out, out.numel(), out.shape[-1], COMPUTE=compute_type(x.dtype), BLOCK=_BLOCK, num_warps=4
             )
     return out
@@ -66,7 +66,7 @@ def _geglu_backward(x: Tensor, grad: Tensor) -> Tensor:
     grad_x = torch.empty_like(x)
     if grad.numel():
         with torch.cuda.device_of(x):
-            _backward_kernel[(triton.cdiv(grad.numel(), _BLOCK),)](
+            _backward_kernel[(cdiv(grad.numel(), _BLOCK),)](
                 x, grad, grad_x, grad.numel(), grad.shape[-1],
                 COMPUTE=compute_type(x.dtype), BLOCK=_BLOCK, num_warps=4,
             )  # fmt: skip

@@ -11,7 +11,7 @@ from torch.library import custom_op
 
 from models.kernels.parameters import membrane_dtype
 from models.kernels.triton_lif import compute_type, constant
-from utils.triton_language import tl, triton, why_not_on
+from utils.triton_language import next_power_of_2, tl, triton, why_not_on
 
 _VALUES = 8192  # of a program: 32 a thread
 _MOST_VALUES = 4 * _VALUES  # of a group; PyTorch takes larger ones
@@ -78,7 +78,7 @@ def _launch(kernel, tensors: tuple[Tensor, ...], groups: int, eps: float) -> Non
     """tensors: the first is x [N, C, H, W], channels-last."""
     x = tensors[0]
     samples, channels, rows = x.shape[0], x.shape[1], x.shape[2:].numel()
-    width, padded = channels // groups, triton.next_power_of_2(rows)
+    width, padded = channels // groups, next_power_of_2(rows)
     columns = width
     while 2 * columns * padded <= _VALUES and channels % (2 * columns) == 0:
         columns *= 2
@@ -156,4 +156,4 @@ def group_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float)
 def _fits(x: Tensor, groups: int) -> bool:
     """Whether a group of a sample fits into the registers of a program. Kernels count in powers of two."""
     width = x.shape[1] // groups
-    return width.bit_count() == 1 and triton.next_power_of_2(x.shape[2:].numel()) * width <= _MOST_VALUES
+    return width.bit_count() == 1 and next_power_of_2(x.shape[2:].numel()) * width <= _MOST_VALUES

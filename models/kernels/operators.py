@@ -1,8 +1,8 @@
 """The kernels as operators of torch.library: what autograd, torch.compile and checkpointing see.
 
 Each has its implementation (on a GPU, or anywhere in Triton's interpreter), what it returns for fake
-tensors, and the formula of its gradient in terms of other operators. They take the neuron as the numbers
-of `LIFParameters.as_arguments`. Outputs that were not asked for are empty tensors.
+tensors, and the formula of its gradient in terms of other operators. They take the neuron as
+`LIFParameters.text`. Outputs that were not asked for are empty tensors.
 """
 
 import torch
@@ -19,49 +19,45 @@ from models.kernels.parameters import LIFParameters, membrane_dtype
 
 
 @custom_op("respike::lif", mutates_args=())
-def lif(
-    current: Tensor, v0: Tensor | None, keep_v: bool, tau: float, v_threshold: float, v_reset: float | None,
-    surrogate: str, alpha: float, detach_reset: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+def lif(current: Tensor, v0: Tensor | None, keep_v: bool, neuron: str) -> tuple[Tensor, Tensor]:
     """current [S, ...] with S up to 32, v0 [...] -> (spikes [S, ...], if `keep_v` the membrane after the last
     step [...])."""
     current = steps_outermost(current)
     spikes, v_end = _like_lif(current, keep_v)
-    p = LIFParameters(tau, v_threshold, v_reset, surrogate, alpha, detach_reset)
+    p = LIFParameters.from_text(neuron)
     triton_lif.launch_forward(current, _state(v0, current), spikes, v_end if keep_v else None, p)
     return spikes, v_end
 
 
 @lif.register_fake
-def _(current, v0, keep_v, *neuron):
+def _(current, v0, keep_v, neuron):
     return _like_lif(steps_outermost(current), keep_v)
 
 
 @custom_op("respike::lif_backward", mutates_args=())
 def lif_backward(
     current: Tensor, v0: Tensor | None, grad_spikes: Tensor | None, grad_v_end: Tensor | None, needs_v0: bool,
-    tau: float, v_threshold: float, v_reset: float | None, surrogate: str, alpha: float, detach_reset: bool,
+    neuron: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Gradients of `current` and, if `needs_v0`, of v0."""
     current = steps_outermost(current)
     grad_current, grad_v0 = _like_lif_backward(current, needs_v0)
     if grad_spikes is not None:
         grad_spikes = laid_out_as(grad_spikes, current)
-    p = LIFParameters(tau, v_threshold, v_reset, surrogate, alpha, detach_reset)
     triton_lif.launch_backward(
         current, _state(v0, current), grad_spikes, _state(grad_v_end, current),
-        grad_current, grad_v0 if needs_v0 else None, p,
+        grad_current, grad_v0 if needs_v0 else None, LIFParameters.from_text(neuron),
     )  # fmt: skip
     return grad_current, grad_v0
 
 
 @lif_backward.register_fake
-def _(current, v0, grad_spikes, grad_v_end, needs_v0, *neuron):
+def _(current, v0, grad_spikes, grad_v_end, needs_v0, neuron):
     return _like_lif_backward(steps_outermost(current), needs_v0)
 
 
 def _lif_context(ctx, inputs, output) -> None:
-    current, v0, ctx.keep_v, *ctx.neuron = inputs
+    current, v0, ctx.keep_v, ctx.neuron = inputs
     ctx.save_for_backward(current, v0)
     ctx.set_materialize_grads(False)
 
@@ -71,10 +67,10 @@ def _lif_gradient(ctx, grad_spikes, grad_v_end):
     if not ctx.keep_v:
         grad_v_end = None
     if grad_spikes is None and grad_v_end is None:
-        return (None,) * (3 + len(ctx.neuron))
+        return None, None, None, None
     needs_v0 = v0 is not None and ctx.needs_input_grad[1]
-    grad_current, grad_v0 = lif_backward(current, v0, grad_spikes, grad_v_end, needs_v0, *ctx.neuron)
-    return grad_current, grad_v0.to(v0.dtype) if needs_v0 else None, None, *(None for _ in ctx.neuron)
+    grad_current, grad_v0 = lif_backward(current, v0, grad_spikes, grad_v_end, needs_v0, ctx.neuron)
+    return grad_current, grad_v0.to(v0.dtype) if needs_v0 else None, None, None
 
 
 lif.register_autograd(_lif_gradient, setup_context=_lif_context)
@@ -106,66 +102,55 @@ def _(x, running_mean=None, running_var=None, batches=None, momentum=0.0):
 @custom_op("respike::batch_norm", mutates_args=())
 def batch_norm(
     x: Tensor, mean: Tensor, variance: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None,
-    v0: Tensor | None, count: Tensor | None, eps: float, of_batch: bool, keep_sum: bool, fire: bool, keep_v: bool,
-    relu: bool, pool: bool,
-    tau: float, v_threshold: float, v_reset: float | None, surrogate: str, alpha: float, detach_reset: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(sum, spikes, membrane after the last step) of x [S, N, C, ...]:
+    count: Tensor | None, eps: float, of_batch: bool, keep_sum: bool, fire: bool, relu: bool, pool: bool, neuron: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(sum, spikes) of x [S, N, C, ...]:
 
         sum = (x - mean) / sqrt(variance + eps) weight + bias + residual;  spikes = LIF(sum)
 
-    mean, variance [S or 1, C]: of each step, or of all. of_batch: they are x's own, so that the
-    gradient goes through them too; count: the float64 number of rows they are of, over all processes of
-    the default group, whose batch they then are; None: this process's. keep_sum, fire, keep_v: which of the
-    outputs are wanted; S is at most 32 where `fire`. relu: the sum's ReLU is returned for it. pool: the sum is averaged
-    over 2x2 pixels, for x [S, N, C, H, W] with H and W even; the neurons take it as it is. Raises ValueError for a
-    residual before neurons without `keep_sum` or with `pool`, because the backward pass reads the sum; and for `relu`
-    with neurons or `pool`.
+    mean, variance [S or 1, C]: of each step, or of all. of_batch: they are x's own, so that the gradient goes through
+    them too; count: the float64 number of rows they are of, over all processes of the default group, whose batch they
+    then are; None: this process's. keep_sum, fire: which of the outputs are wanted; S is at most 32 where `fire`.
+    relu: the sum's ReLU is returned for it. pool: the sum is averaged over 2x2 pixels, for x [S, N, C, H, W] with H and
+    W even; the neurons take it as it is. Raises ValueError for a residual before neurons without `keep_sum` or with
+    `pool`, because the backward pass reads the sum; and for `relu` with neurons or `pool`.
     """
     if residual is not None and (pool or (fire and not keep_sum)):
         raise ValueError("neurons behind a residual need keep_sum, and not pool: the backward pass reads the sum")
     if relu and (fire or pool):
         raise ValueError("relu goes with neither neurons nor pool")
     x = channels_known(x)
-    total, spikes, v_end = _like_batch_norm(x, keep_sum, fire, keep_v, pool)
+    total, spikes = _like_batch_norm(x, keep_sum, fire, pool)
     if x.numel():
-        p = LIFParameters(tau, v_threshold, v_reset, surrogate, alpha, detach_reset)
         triton_batch_norm.launch_forward(
             x, mean.contiguous(), variance.contiguous(), weight, bias,
-            None if residual is None else laid_out_as(residual, x), _state(v0, x),
-            total if keep_sum else None, spikes if fire else None, v_end if fire and keep_v else None,
-            eps, relu, pool, p,
+            None if residual is None else laid_out_as(residual, x),
+            total if keep_sum else None, spikes if fire else None, eps, relu, pool, LIFParameters.from_text(neuron),
         )  # fmt: skip
-    return total, spikes, v_end
+    return total, spikes
 
 
 @batch_norm.register_fake
-def _(
-    x, mean, variance, weight, bias, residual, v0, count, eps, of_batch, keep_sum, fire, keep_v, relu, pool, *neuron
-):  # fmt: skip
-    return _like_batch_norm(channels_known(x), keep_sum, fire, keep_v, pool)
+def _(x, mean, variance, weight, bias, residual, count, eps, of_batch, keep_sum, fire, relu, pool, neuron):
+    return _like_batch_norm(channels_known(x), keep_sum, fire, pool)
 
 
 @custom_op("respike::batch_norm_backward_sums", mutates_args=())
 def batch_norm_backward_sums(
     x: Tensor, mean: Tensor, variance: Tensor, weight: Tensor, bias: Tensor, total: Tensor | None,
-    v0: Tensor | None, grad_total: Tensor | None, grad_spikes: Tensor | None, grad_v_end: Tensor | None,
-    eps: float, needs_v0: bool, fire: bool, relu: bool, pool: bool,
-    tau: float, v_threshold: float, v_reset: float | None, surrogate: str, alpha: float, detach_reset: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(weight times the sums over rows of dy and of dy (x - mean) [S, 2, C], gradients of weight and bias, dy, gradient
-    of v0). dy is the gradient of the result of batch norm. dy is written if `total`, the forward pass's result, is
-    given."""
+    grad_total: Tensor | None, grad_spikes: Tensor | None, eps: float, fire: bool, relu: bool, pool: bool, neuron: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(weight times the sums over rows of dy and of dy (x - mean) [S, 2, C], gradients of weight and bias, dy). dy is
+    the gradient of the result of batch norm. It is written if `total`, the forward pass's result, is given."""
     x = channels_known(x)
-    outputs = _like_backward_sums(x, mean, weight, bias, total is not None, needs_v0)
-    weighted, grad_weight, grad_bias, grad_y, grad_v0 = outputs
+    outputs = _like_backward_sums(x, weight, bias, total is not None)
+    weighted, grad_weight, grad_bias, grad_y = outputs
     if x.numel():
-        p = LIFParameters(tau, v_threshold, v_reset, surrogate, alpha, detach_reset)
         triton_batch_norm.launch_backward_sums(
-            x, mean.contiguous(), variance.contiguous(), weight, bias, total, _state(v0, x),
-            _of_sum(grad_total, x, pool), _alike(grad_spikes, x), _state(grad_v_end, x),
-            weighted, grad_weight, grad_bias, grad_y if total is not None else None, grad_v0 if needs_v0 else None,
-            eps, fire, relu, pool, p,
+            x, mean.contiguous(), variance.contiguous(), weight, bias, total,
+            _of_sum(grad_total, x, pool), _alike(grad_spikes, x),
+            weighted, grad_weight, grad_bias, grad_y if total is not None else None,
+            eps, fire, relu, pool, LIFParameters.from_text(neuron),
         )  # fmt: skip
     else:
         for sums in (weighted, grad_weight, grad_bias):
@@ -174,27 +159,26 @@ def batch_norm_backward_sums(
 
 
 @batch_norm_backward_sums.register_fake
-def _(x, mean, variance, weight, bias, total, v0, grad_total, grad_spikes, grad_v_end, eps, needs_v0, *more):
-    return _like_backward_sums(channels_known(x), mean, weight, bias, total is not None, needs_v0)
+def _(x, mean, variance, weight, bias, total, *more):
+    return _like_backward_sums(channels_known(x), weight, bias, total is not None)
 
 
 @custom_op("respike::batch_norm_backward_input", mutates_args=())
 def batch_norm_backward_input(
-    x: Tensor, mean: Tensor, variance: Tensor, weight: Tensor, bias: Tensor, v0: Tensor | None,
-    grad_total: Tensor | None, grad_spikes: Tensor | None, grad_v_end: Tensor | None,
-    weighted: Tensor | None, count: Tensor | None, eps: float, fire: bool, relu: bool, pool: bool,
-    tau: float, v_threshold: float, v_reset: float | None, surrogate: str, alpha: float, detach_reset: bool,
+    x: Tensor, mean: Tensor, variance: Tensor, weight: Tensor, bias: Tensor,
+    grad_total: Tensor | None, grad_spikes: Tensor | None, weighted: Tensor | None, count: Tensor | None,
+    eps: float, fire: bool, relu: bool, pool: bool, neuron: str,
 ) -> Tensor:  # fmt: skip
     """The gradient of x. weighted [S or 1, 2, C]: the sums of all that has its statistics in common; None: these are no
     function of x. count: as for `batch_norm`."""
     x = channels_known(x)
     grad_x = torch.empty_like(x)
     if x.numel():
-        p = LIFParameters(tau, v_threshold, v_reset, surrogate, alpha, detach_reset)
         triton_batch_norm.launch_backward_input(
-            x, mean.contiguous(), variance.contiguous(), weight, bias, _state(v0, x),
-            _of_sum(grad_total, x, pool), _alike(grad_spikes, x), _state(grad_v_end, x),
-            None if weighted is None else weighted.contiguous(), count, grad_x, eps, fire, relu, pool, p,
+            x, mean.contiguous(), variance.contiguous(), weight, bias,
+            _of_sum(grad_total, x, pool), _alike(grad_spikes, x),
+            None if weighted is None else weighted.contiguous(), count, grad_x,
+            eps, fire, relu, pool, LIFParameters.from_text(neuron),
         )  # fmt: skip
     return grad_x
 
@@ -205,35 +189,31 @@ def _(x, *more):
 
 
 def _batch_norm_context(ctx, inputs, output) -> None:
-    x, mean, variance, weight, bias, residual, v0, count = inputs[:8]
-    ctx.eps, ctx.of_batch, ctx.keep_sum, ctx.fire, ctx.keep_v, ctx.relu, ctx.pool, *ctx.neuron = inputs[8:]
+    x, mean, variance, weight, bias, residual, count = inputs[:7]
+    ctx.eps, ctx.of_batch, ctx.keep_sum, ctx.fire, ctx.relu, ctx.pool, ctx.neuron = inputs[7:]
     # What neurons saw, and what ReLU made of a sum with a residual: the caller keeps it anyway if it asked for it. Else
     # it is computed again from x.
     keeps = ctx.keep_sum and ((ctx.fire and not ctx.pool) or (ctx.relu and residual is not None))
     ctx.residual_dtype = None if residual is None else residual.dtype
-    ctx.save_for_backward(x, mean, variance, weight, bias, v0, count, output[0] if keeps else None)
+    ctx.save_for_backward(x, mean, variance, weight, bias, count, output[0] if keeps else None)
     ctx.set_materialize_grads(False)
 
 
-def _batch_norm_gradient(ctx, grad_total, grad_spikes, grad_v_end):
-    x, mean, variance, weight, bias, v0, count, total = ctx.saved_tensors
+def _batch_norm_gradient(ctx, grad_total, grad_spikes):
+    x, mean, variance, weight, bias, count, total = ctx.saved_tensors
     if not ctx.keep_sum:  # an empty output; whatever is done with it, its gradient is no gradient of x
         grad_total = None
-    if not ctx.keep_v:
-        grad_v_end = None
-    fire = ctx.fire and (grad_spikes is not None or grad_v_end is not None)
+    fire, relu = ctx.fire and grad_spikes is not None, ctx.relu
     if grad_total is None and not fire:
-        return (None,) * (15 + len(ctx.neuron))
-    total = total if fire or ctx.relu else None
-    needs_v0 = fire and v0 is not None and ctx.needs_input_grad[6]
-    through = (grad_total, grad_spikes, grad_v_end) if fire else (grad_total, None, None)
+        return (None,) * 14
+    total = total if fire or relu else None
+    through = (grad_total, grad_spikes if fire else None)
     layer = (x, mean, variance, weight, bias)
-    weighted, grad_weight, grad_bias, grad_y, grad_v0 = batch_norm_backward_sums(
-        *layer, total, v0, *through, ctx.eps, needs_v0, fire, ctx.relu, ctx.pool, *ctx.neuron
+    weighted, grad_weight, grad_bias, grad_y = batch_norm_backward_sums(
+        *layer, total, *through, ctx.eps, fire, relu, ctx.pool, ctx.neuron
     )
-    relu = ctx.relu
     if total is not None:  # dy lies in memory: what remains is a plain batch norm
-        through, fire, relu = (grad_y, None, None), False, False
+        through, fire, relu = (grad_y, None), False, False
     if not ctx.of_batch:
         weighted = None
     else:
@@ -241,12 +221,9 @@ def _batch_norm_gradient(ctx, grad_total, grad_spikes, grad_v_end):
             weighted = weighted.sum(0, keepdim=True)
         if count is not None:
             weighted = collectives.all_reduce(weighted, "sum", dist.group.WORLD)
-    grad_x = batch_norm_backward_input(
-        *layer, v0 if fire else None, *through, weighted, count, ctx.eps, fire, relu, ctx.pool, *ctx.neuron
-    )
+    grad_x = batch_norm_backward_input(*layer, *through, weighted, count, ctx.eps, fire, relu, ctx.pool, ctx.neuron)
     grad_residual = None if ctx.residual_dtype is None else through[0].to(ctx.residual_dtype)
-    grad_v0 = grad_v0.to(v0.dtype) if needs_v0 else None
-    return grad_x, None, None, grad_weight, grad_bias, grad_residual, grad_v0, *(None,) * (8 + len(ctx.neuron))
+    return grad_x, None, None, grad_weight, grad_bias, grad_residual, *(None,) * 8
 
 
 batch_norm.register_autograd(_batch_norm_gradient, setup_context=_batch_norm_context)
@@ -294,23 +271,17 @@ def _like_lif_backward(current: Tensor, needs_v0: bool) -> tuple[Tensor, Tensor]
     return torch.empty_like(current), grad_v0
 
 
-def _like_batch_norm(x: Tensor, keep_sum: bool, fire: bool, keep_v: bool, pool: bool) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = membrane_dtype(x.dtype)
+def _like_batch_norm(x: Tensor, keep_sum: bool, fire: bool, pool: bool) -> tuple[Tensor, Tensor]:
     return (
         (_pooled(x) if pool else torch.empty_like(x)) if keep_sum else x.new_empty(0),
         torch.empty_like(x) if fire else x.new_empty(0),
-        torch.empty_like(x[0], dtype=dtype) if fire and keep_v else x.new_empty(0, dtype=dtype),
     )
 
 
-def _like_backward_sums(
-    x: Tensor, mean: Tensor, weight: Tensor, bias: Tensor, keeps_grad: bool, needs_v0: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    dtype = membrane_dtype(x.dtype)
+def _like_backward_sums(x: Tensor, weight: Tensor, bias: Tensor, keeps_grad: bool) -> tuple[Tensor, ...]:
     return (
-        x.new_empty(x.shape[0], 2, x.shape[2], dtype=dtype),
+        x.new_empty(x.shape[0], 2, x.shape[2], dtype=membrane_dtype(x.dtype)),
         torch.empty_like(weight),
         torch.empty_like(bias),
         torch.empty_like(x) if keeps_grad else x.new_empty(0),
-        torch.empty_like(x[0], dtype=dtype) if needs_v0 else x.new_empty(0, dtype=dtype),
     )

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.library import custom_op
 
 from models.kernels.layout import memory_order, steps_outermost
-from utils.triton_language import tl, triton, why_not_on
+from utils.triton_language import cdiv, tl, triton, why_not_on
 
 
 @triton.jit
@@ -45,7 +45,7 @@ def pack_spikes(spikes: Tensor) -> Tensor:
     if _on_triton(spikes):
         if elements:
             with torch.cuda.device_of(spikes):
-                _pack_kernel[(triton.cdiv(len(packed), _BYTES),)](spikes, packed, elements, BYTES=_BYTES, num_warps=4)
+                _pack_kernel[(cdiv(len(packed), _BYTES),)](spikes, packed, elements, BYTES=_BYTES, num_warps=4)
         return packed
     flat = F.pad(_as_in_memory(spikes) > 0, (0, 8 * len(packed) - elements)).view(-1, 8).to(torch.uint8)
     for bit in range(8):
@@ -66,7 +66,7 @@ def unpack_spikes(packed: Tensor, shape: list[int], order: list[int], dtype: tor
     if _on_triton(packed):
         if elements:
             with torch.cuda.device_of(spikes):
-                _unpack_kernel[(triton.cdiv(len(packed), _BYTES),)](packed, spikes, elements, BYTES=_BYTES, num_warps=4)
+                _unpack_kernel[(cdiv(len(packed), _BYTES),)](packed, spikes, elements, BYTES=_BYTES, num_warps=4)
         return spikes
     bits = torch.stack([(packed >> bit) & 1 for bit in range(8)], dim=1).flatten()[:elements]
     _as_in_memory(spikes).copy_(bits)

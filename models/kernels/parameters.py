@@ -1,7 +1,9 @@
 """The semantics of the spiking neuron, in one value that every backend takes."""
 
+import functools
+import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -25,6 +27,8 @@ class LIFParameters:
     surrogate: str = "atan"
     alpha: float = 2.0  # steepness of the surrogate
     detach_reset: bool = True  # no gradient through the reset's spike
+    # All of these in one word: operators of torch.library take numbers and words only, and are slow with many.
+    text: str = field(init=False, repr=False, compare=False)
 
     def __post_init__(self):
         for name in ("tau", "v_threshold", "v_reset", "alpha"):
@@ -39,10 +43,12 @@ class LIFParameters:
             raise ValueError(f"alpha must be positive, got {self.alpha}")
         if self.v_reset is not None and not self.v_reset < self.v_threshold:
             raise ValueError(f"v_reset must be below v_threshold {self.v_threshold}, got {self.v_reset}")
+        object.__setattr__(self, "text", json.dumps(vars(self)))
 
-    def as_arguments(self) -> tuple[float, float, float | None, str, float, bool]:
-        """The fields in order: operators of torch.library take numbers and words only."""
-        return self.tau, self.v_threshold, self.v_reset, self.surrogate, self.alpha, self.detach_reset
+    @staticmethod
+    @functools.cache
+    def from_text(text: str) -> "LIFParameters":
+        return LIFParameters(**json.loads(text))
 
 
 def membrane_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -26,7 +26,7 @@ from models.kernels.triton_lif import (
     fire,
     reset,
 )
-from utils.triton_language import tl, triton
+from utils.triton_language import cdiv, next_power_of_2, tl, triton
 
 # ---- kernels
 
@@ -204,7 +204,7 @@ def _load_if_any(ptr, at, mask):
 
 @triton.jit
 def _forward_kernel(
-    x_ptr, mean_ptr, variance_ptr, weight_ptr, bias_ptr, residual_ptr, v0_ptr, sum_ptr, spike_ptr, v_end_ptr,
+    x_ptr, mean_ptr, variance_ptr, weight_ptr, bias_ptr, residual_ptr, sum_ptr, spike_ptr,
     rows, channels, inner, step_elements, width, statistics_step,
     CHANNELS_LAST: tl.constexpr, POOL: tl.constexpr, FIRE: tl.constexpr, RELU: tl.constexpr, EPS: tl.constexpr,
     STEPS: tl.constexpr, AHEAD: tl.constexpr,
@@ -217,8 +217,6 @@ def _forward_kernel(
     weight = tl.load(weight_ptr + column, is_channel, 0.0).to(COMPUTE)
     bias = tl.load(bias_ptr + column, is_channel, 0.0).to(COMPUTE)
     v = tl.zeros([ROWS, COLUMNS], COMPUTE)
-    if FIRE and v0_ptr is not None:
-        v = tl.load(v0_ptr + at, mask, 0.0)
     if POOL and sum_ptr is not None:
         window = first_row // 4 + tl.arange(0, ROWS // 4)[:, None]
         pooled_at = _place(window, column, channels, inner // 4, CHANNELS_LAST)
@@ -258,14 +256,12 @@ def _forward_kernel(
             h = charge(y, v, TAU)
             tl.store(spike_ptr + here, fire(h, V_THRESHOLD).to(spike_ptr.dtype.element_ty), mask)
             v = reset(h, V_THRESHOLD, V_RESET)
-    if FIRE and v_end_ptr is not None:
-        tl.store(v_end_ptr + at, v, mask)
 
 
 @triton.jit
 def _backward_sums_kernel(
-    x_ptr, mean_ptr, variance_ptr, weight_ptr, bias_ptr, sum_ptr, v0_ptr, grad_sum_ptr, grad_spike_ptr, grad_v_end_ptr,
-    partial_ptr, total_grad_sum_ptr, grad_v0_ptr,
+    x_ptr, mean_ptr, variance_ptr, weight_ptr, bias_ptr, sum_ptr, grad_sum_ptr, grad_spike_ptr,
+    partial_ptr, total_grad_sum_ptr,
     rows, channels, inner, step_elements, width, statistics_step, tiles,
     CHANNELS_LAST: tl.constexpr, POOL: tl.constexpr, FIRE: tl.constexpr, RELU: tl.constexpr, EPS: tl.constexpr,
     STEPS: tl.constexpr,
@@ -288,11 +284,9 @@ def _backward_sums_kernel(
         grad_v = tl.zeros([ROWS, COLUMNS], COMPUTE)
         if FIRE:
             charged = _charged(
-                x_ptr, mean_ptr, variance_ptr, weight_ptr, bias_ptr, sum_ptr, v0_ptr, at, mask, column, is_channel,
+                x_ptr, mean_ptr, variance_ptr, weight_ptr, bias_ptr, sum_ptr, at, mask, column, is_channel,
                 step_elements, statistics_step, EPS, STEPS, TAU, V_THRESHOLD, V_RESET, COMPUTE, ROWS, COLUMNS,
             )  # fmt: skip
-            if grad_v_end_ptr is not None:
-                grad_v = tl.load(grad_v_end_ptr + at, mask, 0.0)
         new_sums, new_centred = (), ()
         for back in tl.static_range(STEPS):
             step = tl.program_id(2) * STEPS + (STEPS - 1 - back)
@@ -326,8 +320,6 @@ def _backward_sums_kernel(
             if total_grad_sum_ptr is not None:
                 tl.store(total_grad_sum_ptr + here, grad_y.to(total_grad_sum_ptr.dtype.element_ty), mask)
         sums, centred_sums = new_sums, new_centred
-        if FIRE and grad_v0_ptr is not None:
-            tl.store(grad_v0_ptr + at, grad_v, mask)
     own = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     for back in tl.static_range(STEPS):
         step = tl.program_id(2) * STEPS + (STEPS - 1 - back)
@@ -338,7 +330,7 @@ def _backward_sums_kernel(
 
 @triton.jit
 def _backward_input_kernel(
-    x_ptr, mean_ptr, variance_ptr, weight_ptr, bias_ptr, v0_ptr, grad_sum_ptr, grad_spike_ptr, grad_v_end_ptr,
+    x_ptr, mean_ptr, variance_ptr, weight_ptr, bias_ptr, grad_sum_ptr, grad_spike_ptr,
     weighted_ptr, count_ptr, grad_x_ptr,
     rows, channels, inner, step_elements, width, statistics_step, values,
     CHANNELS_LAST: tl.constexpr, POOL: tl.constexpr, FIRE: tl.constexpr, RELU: tl.constexpr, EPS: tl.constexpr,
@@ -358,11 +350,9 @@ def _backward_input_kernel(
     grad_v = tl.zeros([ROWS, COLUMNS], COMPUTE)
     if FIRE:
         charged = _charged(
-            x_ptr, mean_ptr, variance_ptr, weight_ptr, bias_ptr, None, v0_ptr, at, mask, column, is_channel,
+            x_ptr, mean_ptr, variance_ptr, weight_ptr, bias_ptr, None, at, mask, column, is_channel,
             step_elements, statistics_step, EPS, STEPS, TAU, V_THRESHOLD, V_RESET, COMPUTE, ROWS, COLUMNS,
         )  # fmt: skip
-        if grad_v_end_ptr is not None:
-            grad_v = tl.load(grad_v_end_ptr + at, mask, 0.0)
     loaded = ()
     for ahead in tl.static_range(AHEAD if AHEAD < STEPS else STEPS):
         step = tl.program_id(2) * STEPS + (STEPS - 1 - ahead)
@@ -412,15 +402,13 @@ def _backward_input_kernel(
 
 @triton.jit
 def _charged(
-    x_ptr, mean_ptr, variance_ptr, weight_ptr, bias_ptr, sum_ptr, v0_ptr, at, mask, column, is_channel,
+    x_ptr, mean_ptr, variance_ptr, weight_ptr, bias_ptr, sum_ptr, at, mask, column, is_channel,
     step_elements, statistics_step, EPS: tl.constexpr,
     STEPS: tl.constexpr, TAU: tl.constexpr, V_THRESHOLD: tl.constexpr, V_RESET: tl.constexpr,
     COMPUTE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """h of every step, as the forward kernel computed it."""
     v = tl.zeros([ROWS, COLUMNS], COMPUTE)
-    if v0_ptr is not None:
-        v = tl.load(v0_ptr + at, mask, 0.0)
     if sum_ptr is None:
         weight = tl.load(weight_ptr + column, is_channel, 0.0).to(COMPUTE)
         bias = tl.load(bias_ptr + column, is_channel, 0.0).to(COMPUTE)
@@ -511,20 +499,20 @@ class _Geometry:
         self.warps = WARPS
         if self.channels_last and self.channels > 1:
             # 64 channels are 128 bytes of a row: whole lines of memory.
-            self.tile_columns = min(triton.next_power_of_2(self.channels), 64 if in_registers <= 4 else 32)
+            self.tile_columns = min(next_power_of_2(self.channels), 64 if in_registers <= 4 else 32)
             self.tile_rows = tile // self.tile_columns
         else:
             self.tile_columns, self.tile_rows, self.warps = 1, tile // 2, WARPS // 2
-        self.row_tiles = triton.cdiv(self.rows, self.tile_rows)
-        self.column_tiles = triton.cdiv(self.channels, self.tile_columns)
+        self.row_tiles = cdiv(self.rows, self.tile_rows)
+        self.column_tiles = cdiv(self.channels, self.tile_columns)
 
     def grid(self, fires: bool, tiles: int = 1) -> tuple[int, int, int]:
-        return triton.cdiv(self.row_tiles, tiles), self.column_tiles, 1 if fires else self.steps
+        return cdiv(self.row_tiles, tiles), self.column_tiles, 1 if fires else self.steps
 
     def tiles_of_a_program(self, fires: bool, programs: int) -> int:
         """So that about `programs` programs share all tiles evenly."""
         others = self.column_tiles * (1 if fires else self.steps)
-        return triton.cdiv(self.row_tiles, max(1, min(self.row_tiles, programs // others)))
+        return cdiv(self.row_tiles, max(1, min(self.row_tiles, programs // others)))
 
     def arguments(self) -> tuple[int, int, int, int]:
         return self.rows, self.channels, self.inner, self.rows * self.channels
@@ -552,7 +540,7 @@ def launch_moments(
         _moments_kernel[grid](
             x, means, squares, *geometry.arguments(), tiles, COMPUTE=compute_type(x.dtype), **geometry.tiles()
         )
-        _statistics_kernel[(triton.cdiv(geometry.channels, COLUMNS_TOGETHER),)](
+        _statistics_kernel[(cdiv(geometry.channels, COLUMNS_TOGETHER),)](
             means, squares, mean, variance, running_mean, running_var, batches,
             grid[0], geometry.steps, geometry.channels, geometry.rows, tiles * geometry.tile_rows, momentum,
             COMPUTE=compute_type(x.dtype), PROGRAMS=PARTIALS_AT_ONCE, COLUMNS=COLUMNS_TOGETHER, num_warps=8,
@@ -562,16 +550,16 @@ def launch_moments(
 
 def launch_forward(
     x: Tensor, mean: Tensor, variance: Tensor, weight: Tensor, bias: Tensor,
-    residual: Tensor | None, v0: Tensor | None, total: Tensor | None, spikes: Tensor | None, v_end: Tensor | None,
+    residual: Tensor | None, total: Tensor | None, spikes: Tensor | None,
     eps: float, relu: bool, pool: bool, p: LIFParameters,
 ) -> None:  # fmt: skip
-    """Fills total [S, N, C, ...] = batch norm + residual, its ReLU or its averages over 2x2 pixels, and spikes with
-    v_end [N, C, ...], if they are given."""
+    """Fills total [S, N, C, ...] = batch norm + residual, its ReLU or its averages over 2x2 pixels, and spikes, if they
+    are given."""
     fires = spikes is not None
     geometry = _Geometry(x, fires, VALUES, pool)
     with torch.cuda.device_of(x):
         _forward_kernel[geometry.grid(fires)](
-            x, mean, variance, weight, bias, residual, v0, total, spikes, v_end,
+            x, mean, variance, weight, bias, residual, total, spikes,
             *geometry.arguments(), geometry.width, _statistics_step(mean),
             POOL=pool, FIRE=fires, RELU=relu, EPS=eps, STEPS=_steps_in_kernel(geometry, fires), AHEAD=AHEAD,
             TAU=p.tau, V_THRESHOLD=p.v_threshold, V_RESET=p.v_reset, COMPUTE=compute_type(x.dtype), **geometry.tiles(),
@@ -580,26 +568,25 @@ def launch_forward(
 
 def launch_backward_sums(
     x: Tensor, mean: Tensor, variance: Tensor, weight: Tensor, bias: Tensor,
-    total: Tensor | None, v0: Tensor | None,
-    grad_total: Tensor | None, grad_spikes: Tensor | None, grad_v_end: Tensor | None,
-    weighted: Tensor, grad_weight: Tensor, grad_bias: Tensor, whole_grad_total: Tensor | None, grad_v0: Tensor | None,
+    total: Tensor | None, grad_total: Tensor | None, grad_spikes: Tensor | None,
+    weighted: Tensor, grad_weight: Tensor, grad_bias: Tensor, whole_grad_total: Tensor | None,
     eps: float, fires: bool, relu: bool, pool: bool, p: LIFParameters,
 ) -> None:  # fmt: skip
     """Fills weighted [S, 2, C] with weight times the sums over rows of dy and of dy (x - mean), grad_weight and
-    grad_bias [C], whole_grad_total with dy, and grad_v0."""
+    grad_bias [C], and whole_grad_total with dy."""
     geometry = _Geometry(x, fires, REDUCED_VALUES if fires else VALUES, pool)
     tiles = geometry.tiles_of_a_program(fires, PROGRAMS_OF_SUMS)
     grid = geometry.grid(fires, tiles)
     partial = torch.empty(grid[0], geometry.steps, 2, geometry.channels, dtype=weighted.dtype, device=x.device)
     with torch.cuda.device_of(x):
         _backward_sums_kernel[grid](
-            x, mean, variance, weight, bias, total, v0, grad_total, grad_spikes, grad_v_end,
-            partial, whole_grad_total, grad_v0,
+            x, mean, variance, weight, bias, total, grad_total, grad_spikes,
+            partial, whole_grad_total,
             *geometry.arguments(), geometry.width, _statistics_step(mean), tiles,
             POOL=pool, FIRE=fires, RELU=relu, EPS=eps, STEPS=_steps_in_kernel(geometry, fires),
             **_neuron(p), COMPUTE=compute_type(x.dtype), **geometry.tiles(),
         )  # fmt: skip
-        _together_kernel[(triton.cdiv(geometry.channels, COLUMNS_TOGETHER),)](
+        _together_kernel[(cdiv(geometry.channels, COLUMNS_TOGETHER),)](
             partial, variance, weight, weighted, grad_weight, grad_bias,
             grid[0], geometry.steps, geometry.channels, _statistics_step(mean),
             EPS=eps, COMPUTE=compute_type(x.dtype), PROGRAMS=PARTIALS_AT_ONCE, COLUMNS=COLUMNS_TOGETHER, num_warps=8,
@@ -607,8 +594,8 @@ def launch_backward_sums(
 
 
 def launch_backward_input(
-    x: Tensor, mean: Tensor, variance: Tensor, weight: Tensor, bias: Tensor, v0: Tensor | None,
-    grad_total: Tensor | None, grad_spikes: Tensor | None, grad_v_end: Tensor | None,
+    x: Tensor, mean: Tensor, variance: Tensor, weight: Tensor, bias: Tensor,
+    grad_total: Tensor | None, grad_spikes: Tensor | None,
     weighted: Tensor | None, count: Tensor | None, grad_x: Tensor,
     eps: float, fires: bool, relu: bool, pool: bool, p: LIFParameters,
 ) -> None:  # fmt: skip
@@ -619,7 +606,7 @@ def launch_backward_input(
     values = geometry.rows * geometry.steps // mean.shape[0]
     with torch.cuda.device_of(x):
         _backward_input_kernel[geometry.grid(fires)](
-            x, mean, variance, weight, bias, v0, grad_total, grad_spikes, grad_v_end,
+            x, mean, variance, weight, bias, grad_total, grad_spikes,
             weighted, count, grad_x, *geometry.arguments(), geometry.width, _statistics_step(mean), values,
             POOL=pool, FIRE=fires, RELU=relu, EPS=eps, STEPS=_steps_in_kernel(geometry, fires), AHEAD=AHEAD,
             **_neuron(p), COMPUTE=compute_type(x.dtype), **geometry.tiles(),

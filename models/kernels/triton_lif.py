@@ -11,7 +11,7 @@ from torch import Tensor
 
 from models.kernels.parameters import LIFParameters
 from models.kernels.surrogates import surrogate_derivative_triton
-from utils.triton_language import tl, triton
+from utils.triton_language import cdiv, tl, triton
 
 MAX_STEPS = 32  # the membrane of every step is kept in registers; longer sequences are cut by the caller
 
@@ -145,7 +145,7 @@ def launch_forward(x: Tensor, v0: Tensor | None, spikes: Tensor, v_end: Tensor |
     if neurons:
         block = 1024
         with torch.cuda.device_of(x):
-            _forward_kernel[(triton.cdiv(neurons, block),)](
+            _forward_kernel[(cdiv(neurons, block),)](
                 x, v0, spikes, v_end, neurons, STEPS=x.shape[0], TAU=p.tau,
                 V_THRESHOLD=p.v_threshold, V_RESET=p.v_reset,
                 COMPUTE=compute_type(x.dtype), BLOCK=block, num_warps=4,
@@ -161,7 +161,7 @@ def launch_backward(
         # Registers hold the membrane of all steps: 8 neurons a thread (16 bytes a load) for few, 2 for many.
         block = 1024 if steps <= 8 else 512 if steps <= 16 else 256
         with torch.cuda.device_of(x):
-            _backward_kernel[(triton.cdiv(neurons, block),)](
+            _backward_kernel[(cdiv(neurons, block),)](
                 x, v0, grad_spikes, grad_v_end, grad_x, grad_v0, neurons, STEPS=steps, TAU=p.tau,
                 V_THRESHOLD=p.v_threshold, V_RESET=p.v_reset, SURROGATE=p.surrogate, ALPHA=p.alpha,
                 DETACH_RESET=p.detach_reset, COMPUTE=compute_type(x.dtype), BLOCK=block, num_warps=4,

@@ -88,9 +88,9 @@ def launch_all(steps: int, dtype: torch.dtype, layout, p: LIFParameters) -> None
     x = layout(torch.zeros(steps, 4, 64, 56, 56, dtype=dtype))  # enough tiles for a program to have several
     row = torch.ones(steps, 64)
     weight = torch.ones(64)
-    neuron = p.as_arguments()
-    operators.lif(x, None, False, *neuron)
-    operators.lif_backward(x, None, x, None, False, *neuron)
+    neuron = p.text
+    operators.lif(x, None, False, neuron)
+    operators.lif_backward(x, None, x, None, False, neuron)
     operators.moments(x)
     layer = (x, row, row, weight, weight)
     weighted = torch.ones(steps, 2, 64)
@@ -99,19 +99,19 @@ def launch_all(steps: int, dtype: torch.dtype, layout, p: LIFParameters) -> None
         (None, False, True, False), (x, True, True, False), (x, True, False, False), (None, True, False, True),
         (x, True, False, True),
     ):  # fmt: skip
-        operators.batch_norm(*layer, residual, None, None, eps, True, keep_sum, fire, False, relu, False, *neuron)
+        operators.batch_norm(*layer, residual, None, eps, True, keep_sum, fire, relu, False, neuron)
         total = x if keep_sum and (fire or (relu and residual is not None)) else None
-        grads = (x if keep_sum else None, x if fire else None, None)
-        operators.batch_norm_backward_sums(*layer, total, None, *grads, eps, False, fire, relu, False, *neuron)
+        grads = (x if keep_sum else None, x if fire else None)
+        operators.batch_norm_backward_sums(*layer, total, *grads, eps, fire, relu, False, neuron)
         if total is None:
             operators.batch_norm_backward_input(
-                *layer, None, *grads, weighted, None, eps, fire, relu, False, *neuron
+                *layer, *grads, weighted, None, eps, fire, relu, False, neuron
             )  # fmt: skip
     pooled = layout(torch.zeros(steps, 4, 64, 28, 28, dtype=dtype))
-    operators.batch_norm(*layer, None, None, None, eps, True, True, True, False, False, True, *neuron)
-    operators.batch_norm_backward_sums(*layer, None, None, pooled, x, None, eps, False, True, False, True, *neuron)
+    operators.batch_norm(*layer, None, None, eps, True, True, True, False, True, neuron)
+    operators.batch_norm_backward_sums(*layer, None, pooled, x, eps, True, False, True, neuron)
     operators.batch_norm_backward_input(
-        *layer, None, pooled, x, None, weighted, None, eps, True, False, True, *neuron
+        *layer, pooled, x, weighted, None, eps, True, False, True, neuron
     )  # fmt: skip
 
 
@@ -131,11 +131,11 @@ def launch_others(dtype: torch.dtype) -> None:
     row, weight = torch.ones(3, 64), torch.ones(64)
     layer, v = (spikes, row, row, weight, weight), torch.zeros(spikes.shape[1:])
     for surrogate, v_reset in (("sigmoid", None), ("triangle", -0.3)):
-        neuron = LIFParameters(surrogate=surrogate, v_reset=v_reset, detach_reset=False).as_arguments()
-        operators.lif(spikes, v, True, *neuron)
-        operators.lif_backward(spikes, v, spikes, v, True, *neuron)
-        operators.batch_norm(*layer, None, v, None, 1e-5, True, False, True, True, False, False, *neuron)
-        operators.batch_norm_backward_sums(*layer, None, v, None, spikes, v, 1e-5, True, True, False, False, *neuron)
+        neuron = LIFParameters(surrogate=surrogate, v_reset=v_reset, detach_reset=False).text
+        operators.lif(spikes, v, True, neuron)
+        operators.lif_backward(spikes, v, spikes, v, True, neuron)
+        operators.batch_norm(*layer, None, None, 1e-5, True, False, True, False, False, neuron)
+        operators.batch_norm_backward_sums(*layer, None, None, spikes, 1e-5, True, False, False, neuron)
 
 
 if __name__ == "__main__":

@@ -29,29 +29,28 @@ class _Silent(LIF):
         return self.counted(current * 0.0)
 
 
-def fused(x, weight, bias, residual, merged, keep_sum, fire, p, v0=None):
+def fused(x, weight, bias, residual, merged, keep_sum, fire, p):
     with torch.no_grad():
         mean, variance = operators.moments(x.flatten(0, 1)[None] if merged else x)
-    how = (None, EPS, True, keep_sum, fire, fire, False, False, *p.as_arguments())
-    return operators.batch_norm(x, mean, variance, weight, bias, residual, v0, *how)
+    how = (None, EPS, True, keep_sum, fire, False, False, p.text)
+    return operators.batch_norm(x, mean, variance, weight, bias, residual, *how)
 
 
-def defined(x, weight, bias, residual, merged, keep_sum, fire, p, v0=None):
+def defined(x, weight, bias, residual, merged, keep_sum, fire, p):
     total = batch_norm_definition(x, weight, bias, residual, EPS, merged)
     # Where the sum is not kept the neuron sees it before it is rounded.
     seen = total if keep_sum else batch_norm_definition(x.to(weight.dtype), weight, bias, None, EPS, merged)
-    spikes, v = lif_definition(seen, p, v0)
-    return total, spikes.to(x.dtype), v
+    spikes, _ = lif_definition(seen, p)
+    return total, spikes.to(x.dtype)
 
 
 def run(function, inputs, merged, keep_sum, fire, p, gradients):
-    """(sum, spikes, membrane, gradients of x, weight, bias, residual, v0); None for what there is not."""
+    """(sum, spikes, gradients of x, weight, bias, residual); None for what there is not."""
     inputs = [None if value is None else value.detach().requires_grad_() for value in inputs]
-    *layer, v0 = inputs
-    outputs = function(*layer, merged, keep_sum, fire, p, v0)
-    asked = [(out, grad) for out, grad, on in zip(outputs, gradients, (keep_sum, fire, fire), strict=True) if on]
+    outputs = function(*inputs, merged, keep_sum, fire, p)
+    asked = [(out, grad) for out, grad, on in zip(outputs, gradients, (keep_sum, fire), strict=True) if on]
     torch.autograd.backward([out for out, _ in asked], [grad.to(out.dtype) for out, grad in asked])
-    kept = [out.detach() if on else None for out, on in zip(outputs, (keep_sum, fire, fire), strict=True)]
+    kept = [out.detach() if on else None for out, on in zip(outputs, (keep_sum, fire), strict=True)]
     return kept + [None if value is None else value.grad for value in inputs]
 
 
@@ -73,9 +72,9 @@ def test_agrees_with_the_definition(dtype, layout, pattern):
         v_reset, detach = next(resets)
         p = LIFParameters(v_reset=v_reset, detach_reset=detach, tau=1.7, v_threshold=0.8, alpha=1.5)
         shape = (steps, 2, 3, 3, 7)
-        inputs = *make(shape, dtype, layout, residual), random(shape[1:], torch.float32) if fire and steps > 1 else None
+        inputs = make(shape, dtype, layout, residual)
         other = "contiguous" if layout == "channels last" else "strided"
-        gradients = random(shape, dtype, other), random(shape, dtype, other), random(shape[1:], torch.float32)
+        gradients = random(shape, dtype, other), random(shape, dtype, other)
         want = run(defined, inputs, merged, keep_sum, fire, p, gradients)
         got = run(fused, inputs, merged, keep_sum, fire, p, gradients)
         if fire:
@@ -105,7 +104,7 @@ def test_odd_sizes(shape, layout):
     results = []
     for function in (
         lambda x, r: norm(x, r, neurons),
-        lambda x, r: defined(x, weight, bias, r, False, True, True, neurons.parameters_)[:2],
+        lambda x, r: defined(x, weight, bias, r, False, True, True, neurons.parameters_),
     ):
         a, b = x.detach().requires_grad_(), residual.detach().requires_grad_()
         total, spikes = function(a, b)
@@ -118,25 +117,24 @@ def test_odd_sizes(shape, layout):
 @pytest.mark.parametrize("layout", ["contiguous", "channels last"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 def test_the_sum_is_averaged_over_windows_and_the_neurons_see_all_of_it(dtype, layout, fires):
-    """Several tiles with a rest; the neurons' states before and after, and gradients by way of both outputs."""
+    """Several tiles with a rest; gradients by way of both outputs."""
     shape, p = (3, 3, 5, 10, 14), LIFParameters(tau=1.7, detach_reset=False)
     x, weight, bias, _ = make(shape, dtype, layout, False)
-    v0 = random(shape[1:], torch.float32) if fires else None
     pooled = (*shape[:3], 5, 7)
-    gradients = random(pooled, dtype, "strided"), random(shape, dtype, "strided"), random(shape[1:], torch.float32)
+    gradients = random(pooled, dtype, "strided"), random(shape, dtype, "strided")
 
-    def fused_and_pooled(x, weight, bias, residual, merged, keep_sum, fire, p, v0):
+    def fused_and_pooled(x, weight, bias, residual, merged, keep_sum, fire, p):
         with torch.no_grad():
             mean, variance = operators.moments(x)
-        how = (None, EPS, True, True, fire, fire, False, True, *p.as_arguments())
-        return operators.batch_norm(x, mean, variance, weight, bias, None, v0, *how)
+        how = (None, EPS, True, True, fire, False, True, p.text)
+        return operators.batch_norm(x, mean, variance, weight, bias, None, *how)
 
-    def defined_and_pooled(x, weight, bias, residual, merged, keep_sum, fire, p, v0):
+    def defined_and_pooled(x, weight, bias, residual, merged, keep_sum, fire, p):
         exact = x.to(weight.dtype)
-        total, spikes, v = defined(exact, weight, bias, None, False, False, True, p, v0)
-        return F.avg_pool2d(total.flatten(0, 1), 2).unflatten(0, x.shape[:2]).to(x.dtype), spikes.to(x.dtype), v
+        total, spikes = defined(exact, weight, bias, None, False, False, True, p)
+        return F.avg_pool2d(total.flatten(0, 1), 2).unflatten(0, x.shape[:2]).to(x.dtype), spikes.to(x.dtype)
 
-    inputs = (x, weight, bias, None, v0)
+    inputs = (x, weight, bias, None)
     want = run(defined_and_pooled, inputs, False, True, fires, p, gradients)
     got = run(fused_and_pooled, inputs, False, True, fires, p, gradients)
     for g, w in zip(got, want, strict=True):
@@ -144,25 +142,10 @@ def test_the_sum_is_averaged_over_windows_and_the_neurons_see_all_of_it(dtype, l
         if g is not None:
             assert_close(g, w.to(g.dtype), dtype)
     with pytest.raises(ValueError, match="H and W even"):
-        fused_and_pooled(x[..., :9, :], weight, bias, None, False, True, fires, p, None)
+        fused_and_pooled(x[..., :9, :], weight, bias, None, False, True, fires, p)
     with pytest.raises(ValueError, match="not pool"):
         operators.batch_norm(
-            x,
-            weight[None],
-            weight[None],
-            weight,
-            bias,
-            x,
-            None,
-            None,
-            EPS,
-            True,
-            True,
-            True,
-            False,
-            False,
-            True,
-            *p.as_arguments(),
+            x, weight[None], weight[None], weight, bias, x, None, EPS, True, True, True, False, True, p.text
         )
 
 
@@ -215,8 +198,8 @@ def test_relu_goes_with_neither_neurons_nor_pool():
     for fire, pool in ((True, False), (False, True)):
         with pytest.raises(ValueError, match="neither"):
             operators.batch_norm(
-                x, weight[None], weight[None], weight, bias, None, None, None, EPS, True, True, fire, False, True, pool,
-                *LIFParameters().as_arguments(),
+                x, weight[None], weight[None], weight, bias, None, None, EPS, True, True, fire, True, pool,
+                LIFParameters().text,
             )  # fmt: skip
 
 
@@ -239,8 +222,8 @@ def test_statistics_and_sums_of_many_programs(monkeypatch, layout):
     mean, variance = operators.moments(x)
     torch.testing.assert_close(mean, x.mean((1, 3, 4)), rtol=1e-12, atol=1e-13)
     torch.testing.assert_close(variance, x.var((1, 3, 4), correction=0), rtol=1e-12, atol=0)
-    gradients = random(x.shape, torch.float64), random(x.shape, torch.float64), random(x.shape[1:], torch.float64)
-    inputs = (x, weight, bias, None, None)
+    gradients = random(x.shape, torch.float64), random(x.shape, torch.float64)
+    inputs = (x, weight, bias, None)
     want = run(defined, inputs, False, True, True, LIFParameters(), gradients)
     got = run(fused, inputs, False, True, True, LIFParameters(), gradients)
     for g, w in zip(got, want, strict=True):
@@ -272,7 +255,7 @@ def test_evaluation_with_gradients():
 
 
 def test_operators_are_well_formed():
-    neuron = LIFParameters().as_arguments()
+    neuron = LIFParameters().text
     x, weight, bias, residual = make((3, 2, 5, 4, 4), torch.float32, "channels last", True)
     mean, variance = operators.moments(x)
     layer = (x, mean, variance, weight, bias)
@@ -282,18 +265,15 @@ def test_operators_are_well_formed():
     differentiable = [value.detach().requires_grad_() for value in (x, weight, bias, residual)]
     x_, weight_, bias_, residual_ = differentiable
     for pattern in (
-        (residual_, None, None, EPS, True, True, True, True, False, False),
-        (None, None, None, EPS, True, True, True, False, False, True),
-        (residual_, None, None, EPS, True, True, False, False, True, False),
+        (residual_, None, EPS, True, True, True, False, False),
+        (None, None, EPS, True, True, True, False, True),
+        (residual_, None, EPS, True, True, False, True, False),
     ):
-        torch.library.opcheck(operators.batch_norm, (x_, mean, variance, weight_, bias_, *pattern, *neuron))
-    torch.library.opcheck(
-        operators.batch_norm_backward_sums, (*layer, x, None, x, x, None, EPS, False, True, False, False, *neuron)
-    )
+        torch.library.opcheck(operators.batch_norm, (x_, mean, variance, weight_, bias_, *pattern, neuron))
+    torch.library.opcheck(operators.batch_norm_backward_sums, (*layer, x, x, x, EPS, True, False, False, neuron))
     weighted = torch.ones(3, 2, 5, device=DEVICE)
     torch.library.opcheck(
-        operators.batch_norm_backward_input,
-        (*layer, None, None, x, None, weighted, None, EPS, True, False, False, *neuron),
+        operators.batch_norm_backward_input, (*layer, None, x, weighted, None, EPS, True, False, False, neuron)
     )
 
 
@@ -341,9 +321,8 @@ def test_half_precision_sums_are_those_the_neuron_sees(dtype):
     # All sums next to the threshold: rounding moves many of them over it.
     weight, bias, residual = weight * 1e-3, torch.ones_like(bias), residual * 1e-3
     x.requires_grad_()
-    total, spikes, v = fused(x, weight, bias, residual, False, True, True, p)
+    total, spikes = fused(x, weight, bias, residual, False, True, True, p)
     assert torch.equal(spikes.bool(), total >= 1.0)
-    assert_close(v, torch.where(total >= 1.0, 0.0, total).to(v.dtype)[0], dtype)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
