@@ -15,6 +15,7 @@ from dataset.clips import VideoTable
 from dataset.frame_sampling import FrameSampling
 from dataset.residual import PADDED_CHANNELS, key_residual_split
 from dataset.video import VideoBatch, VideoDataset, collate, loaded, make_loader
+from utils.errors import UserError
 from utils.runtime import Runtime
 
 
@@ -58,6 +59,14 @@ class DeviceLoader:
     def empty(self) -> VideoBatch:
         """A batch without a clip, on the device."""
         return next(to_device([collate([])], self._runtime.device))
+
+    def sample(self) -> Batch:
+        """A full training batch on the device, of one clip over and over. Raises UserError if it cannot be read."""
+        first = self.first_clips(1)
+        if not len(first.labels):
+            raise UserError(first.failed[0].error)
+        clips, *numbers = (tensor[:1].expand(self.batches.batch_size, *tensor.shape[1:]) for tensor in first[:3])
+        return self.split(next(to_device([VideoBatch(clips, *numbers, [])], self._runtime.device)))
 
     def first_clips(self, count: int) -> VideoBatch:
         """Clips of the first epoch, decoded in this process, for a picture. Videos that cannot be read are left

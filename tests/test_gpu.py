@@ -119,7 +119,8 @@ def test_graphed_network_trains_as_the_plain_one(cuda):
     results = []
     for graphed in (False, True):
         model = fused_network(cuda)
-        network = GraphedNetwork(model) if graphed else model
+        key, residual = key_residual_split(clip(cuda), 4, torch.bfloat16)
+        network = GraphedNetwork(model, key, residual, torch.bfloat16) if graphed else model
         optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
         losses = []
         for clips in (2, 2, 1, 2, 2):

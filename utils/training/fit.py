@@ -183,7 +183,8 @@ def fit(
     runtime.from_main(run.begin, state.position.epoch, state.position.clips)
     runtime.from_main(_draw_clips, train_loader, run)
     if cuda_graphs:
-        network = GraphedNetwork(state.model)
+        sample = train_loader.sample()
+        network = GraphedNetwork(state.model, sample.key, sample.residual, runtime.precision)
     else:
         network = runtime.replicate(state.model, accumulates=accumulation_steps > 1)
     clock = _CheckpointClock(checkpoint_minutes)

@@ -302,3 +302,14 @@ def test_precision():
     assert choose_precision(CPU, amp=False) is None
     hardware = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     assert choose_precision(CPU, amp=True) == (torch.bfloat16 if hardware else None)
+
+
+def test_a_sample_is_as_a_full_batch():
+    """What `GraphedNetwork` is recorded with."""
+    loader = make_loader()
+    batch, sample = loader.split(next(iter(loader))), loader.sample()
+    for own, other in zip(sample, batch, strict=True):
+        assert own.shape == other.shape and own.dtype == other.dtype
+    assert sample.key.stride() == batch.key.stride() and sample.residual.stride() == batch.residual.stride()
+    with pytest.raises(UserError, match=r"video0\.avi: gone"):
+        make_loader(unreadable={0}).sample()
