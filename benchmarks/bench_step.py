@@ -69,7 +69,7 @@ def main() -> None:
     }
     if device.type == "cuda":
         builds["ours, 3 channels"] = (ours, key_residual_split, clip, torch.bfloat16)
-        graphed = GraphedNetwork(ours, *loader_split(clip, args.stride, torch.bfloat16), torch.bfloat16)
+        graphed = GraphedNetwork(copy.deepcopy(ours), *loader_split(clip, args.stride, torch.bfloat16), torch.bfloat16)
         builds["ours, --cuda-graphs"] = (graphed, loader_split, clip, torch.bfloat16)
     optimizers = {  # steps of size zero: all builds keep the same weights
         build: torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9, fused=True)

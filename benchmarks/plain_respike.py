@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from dataset.residual import IMAGENET_MEAN, IMAGENET_STD
 from models import ReSpike
 from models.attention import HEAD_WIDTH, Attention, CrossAttentionFusion
-from models.batch_norm import StepBatchNorm2d
+from models.batch_norm import FrameBatchNorm2d, StepBatchNorm2d
 from models.spiking_resnet import SpikingBlock
 
 
@@ -60,7 +60,8 @@ class PlainFusion(nn.Module):
         if f.pool > 1:
             snn, ann = F.avg_pool2d(snn, f.pool), F.avg_pool2d(ann, f.pool)
         context = ann.flatten(2).transpose(1, 2)
-        tokens = self.proj_in(f.norm(snn)).flatten(2).transpose(1, 2)
+        normed = F.group_norm(snn, f.norm.num_groups, f.norm.weight, f.norm.bias, f.norm.eps)
+        tokens = self.proj_in(normed).flatten(2).transpose(1, 2)
         normed = f.norm_self(tokens)
         tokens = tokens + _softmax_attention(f.attend_self, normed, normed)
         tokens = tokens + _softmax_attention(f.attend_ann, f.norm_cross(tokens), context)
@@ -97,6 +98,9 @@ class PlainReSpike(nn.Module):
     def __init__(self, model: ReSpike):
         super().__init__()
         self.ann = model.ann
+        for module in self.ann.modules():
+            if isinstance(module, FrameBatchNorm2d):
+                module.backend = "reference"  # PyTorch's batch norm
         self.stem = nn.Sequential(model.snn.stem.conv, _plain_batch_norm(model.snn.stem.bn))
         self.stages = nn.ModuleList(
             nn.Sequential(*[PlainBlock(block) for block in stage]) for stage in model.snn.stages

@@ -61,11 +61,13 @@ class DeviceLoader:
         return next(to_device([collate([])], self._runtime.device))
 
     def sample(self) -> Batch:
-        """A full training batch on the device, of one clip over and over. Raises UserError if it cannot be read."""
-        first = self.first_clips(1)
-        if not len(first.labels):
-            raise UserError(first.failed[0].error)
-        clips, *numbers = (tensor[:1].expand(self.batches.batch_size, *tensor.shape[1:]) for tensor in first[:3])
+        """A full training batch on the device, of one clip over and over: the first that can be read. Raises UserError
+        if none can."""
+        data = self._loader.dataset
+        one = next((one for one in (collate([data[0, index]]) for index in range(len(data))) if len(one.labels)), None)
+        if one is None:
+            raise UserError("none of the training clips can be read")
+        clips, *numbers = (tensor.expand(self.batches.batch_size, *tensor.shape[1:]) for tensor in one[:3])
         return self.split(next(to_device([VideoBatch(clips, *numbers, [])], self._runtime.device)))
 
     def first_clips(self, count: int) -> VideoBatch:

@@ -49,7 +49,7 @@ class FusedBatchNorm2d(nn.BatchNorm2d):
             raise ValueError(f"batch norm in training needs more than 1 value per channel, got {list(x.shape)}")
         if not self.synchronised:
             running = self.running_mean, self.running_var, self.num_batches_tracked, self.momentum
-            return *operators.moments(x, *running), None
+            return *operators.moments_and_running(x, *running), None
         mean, variance = operators.moments(x)  # no gradient passes here: `operators.batch_norm` computes it
         all_means, all_variances, total = _over_processes(mean, variance, values)
         update_running(self, all_means, all_variances, total)

@@ -10,5 +10,5 @@ class ColourConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         zeros = x.shape[1] - self.in_channels
-        weight = F.pad(self.weight, (0, 0, 0, 0, 0, zeros)) if zeros else self.weight
+        weight = F.pad(self.weight, (0, 0, 0, 0, 0, zeros)) if zeros > 0 else self.weight
         return self._conv_forward(x, weight, self.bias)

@@ -50,7 +50,7 @@ class ReSpike(nn.Module):
     snn_batch_norm: "per-step" (as published) or "merged".
     neuron: the equations of the spiking neurons.
     neuron_type: their class, a name in `models.neurons.NEURONS`.
-    lif_backend: which code runs them, as `models.neurons.lif`.
+    lif_backend: which code runs them and the batch norms, as `models.neurons.lif`.
     pack_spikes: keep one bit a spike for the backward pass (`models.kernels.packing`).
 
     Raises UserError for a setting that is none of these.

@@ -27,6 +27,8 @@ class GraphedNetwork(nn.Module):
         # Casts of the weights belong into the graph, because the weights change from step to step.
         with torch.autocast("cuda", precision, enabled=precision is not None, cache_enabled=False):
             torch.cuda.make_graphed_callables(model, (key, residual))
+        # The recording keeps gradients on a stream of its own. PyTorch waits for it and would warn of it.
+        torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
         self._replay = model.forward
         del model.forward  # PyTorch put it there; the class has its own
         with torch.no_grad():  # PyTorch ran the network some times before it recorded

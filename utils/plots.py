@@ -121,9 +121,11 @@ def attention_weights(q: Tensor, k: Tensor) -> Tensor:
 def record(model: ReSpike, key: Tensor, residual: Tensor) -> Recording:
     """Run the network in eval mode on clips and keep its spikes and attention. It is left in the mode it was in.
 
-    key [B, K, 3, H, W], residual [B, K, S, 3, H, W], as for `ReSpike.forward`. Every LIF backend is recorded; a
-    compiled network runs uncompiled.
+    key [B, K, 3, H, W], residual [B, K, S, 3, H, W], as for `ReSpike.forward`, on any device. Every LIF backend is
+    recorded; a compiled network runs uncompiled.
     """
+    device = next(model.parameters()).device
+    key, residual = key.to(device), residual.to(device)
     spikes, queries, keys, was_training = {}, {}, {}, model.training
     layers = {f"{stage}.{n}": layer for stage, group in model.lif_layers().items() for n, layer in enumerate(group, 1)}
     fusions = {f"stage{n}": fusion for n, fusion in enumerate(model.fusions, 1) if fusion is not None}

@@ -14,7 +14,7 @@ from models.kernels.triton_lif import compute_type, constant
 from utils.triton_language import next_power_of_2, tl, triton, why_not_on
 
 _VALUES = 8192  # of a program: 32 a thread
-_MOST_VALUES = 4 * _VALUES  # of a group; PyTorch takes larger ones
+_MOST_VALUES = 2 * _VALUES  # of a group, without spilling registers; PyTorch takes larger ones
 
 
 @triton.jit

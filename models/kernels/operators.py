@@ -78,25 +78,30 @@ lif.register_autograd(_lif_gradient, setup_context=_lif_context)
 # ---- batch norm, with a residual and a LIF layer behind it
 
 
-@custom_op("respike::moments", mutates_args=("running_mean", "running_var", "batches"))
-def moments(
-    x: Tensor, running_mean: Tensor | None = None, running_var: Tensor | None = None, batches: Tensor | None = None,
-    momentum: float = 0.0,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+@custom_op("respike::moments", mutates_args=())
+def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance [S, C] of each step and channel of x [S, N, C, ...], in float32 (or float64).
-    Not differentiable: `batch_norm` takes their part in the gradient into account.
-
-    running_mean, running_var [C]: updated once a step, in turn, with `momentum`; batches []: S is added.
-    """
-    return triton_batch_norm.launch_moments(
-        channels_known(x), membrane_dtype(x.dtype), running_mean, running_var, batches, momentum
-    )
+    Not differentiable: `batch_norm` takes their part in the gradient into account."""
+    return triton_batch_norm.launch_moments(channels_known(x), membrane_dtype(x.dtype))
 
 
-@moments.register_fake
-def _(x, running_mean=None, running_var=None, batches=None, momentum=0.0):
+@custom_op("respike::moments_and_running", mutates_args=("running_mean", "running_var", "batches"))
+def moments_and_running(
+    x: Tensor, running_mean: Tensor, running_var: Tensor, batches: Tensor, momentum: float
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`moments`, and an update of running_mean and running_var [C] once a step, in turn, with `momentum`; S is added to
+    batches []."""
+    running = (running_mean, running_var, batches, momentum)
+    return triton_batch_norm.launch_moments(channels_known(x), membrane_dtype(x.dtype), *running)
+
+
+def _like_moments(x, *running):
     mean = x.new_empty(x.shape[0], x.shape[2], dtype=membrane_dtype(x.dtype))
     return mean, torch.empty_like(mean)
+
+
+moments.register_fake(_like_moments)
+moments_and_running.register_fake(_like_moments)
 
 
 @custom_op("respike::batch_norm", mutates_args=())

@@ -232,8 +232,9 @@ def _forward_kernel(
         step = first_step + inner_step
         here = step.to(tl.int64) * step_elements + at
         if inner_step + AHEAD < STEPS:
-            x = x + (tl.load(x_ptr + here + AHEAD * step_elements, mask, 0.0),)
-            added = added + (_load_if_any(residual_ptr, here + AHEAD * step_elements, mask),)
+            later = (step + AHEAD).to(tl.int64) * step_elements + at
+            x = x + (tl.load(x_ptr + later, mask, 0.0),)
+            added = added + (_load_if_any(residual_ptr, later, mask),)
         y = _normalise(
             x[inner_step].to(COMPUTE), mean_ptr, variance_ptr, weight, bias, column, is_channel,
             step * statistics_step, EPS, COMPUTE,
@@ -261,7 +262,7 @@ def _forward_kernel(
 @triton.jit
 def _backward_sums_kernel(
     x_ptr, mean_ptr, variance_ptr, weight_ptr, bias_ptr, sum_ptr, grad_sum_ptr, grad_spike_ptr,
-    partial_ptr, total_grad_sum_ptr,
+    partial_ptr, grad_y_ptr,
     rows, channels, inner, step_elements, width, statistics_step, tiles,
     CHANNELS_LAST: tl.constexpr, POOL: tl.constexpr, FIRE: tl.constexpr, RELU: tl.constexpr, EPS: tl.constexpr,
     STEPS: tl.constexpr,
@@ -269,8 +270,8 @@ def _backward_sums_kernel(
     SURROGATE: tl.constexpr, ALPHA: tl.constexpr, DETACH_RESET: tl.constexpr,
     COMPUTE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Sums of dy and dy (x - mean) over some tiles, in every lane first, then over lanes. Stores dy if
-    the residual needs it: sum_ptr is then what the forward pass kept."""
+    """Sums of dy and dy (x - mean) over some tiles, in every lane first, then over lanes; dy is the gradient of
+    batch norm's result. Stores it if sum_ptr, the forward pass's result, is given."""
     sums, centred_sums = (), ()
     for _ in tl.static_range(STEPS):
         sums = sums + (tl.zeros([ROWS, COLUMNS], COMPUTE),)
@@ -317,8 +318,8 @@ def _backward_sums_kernel(
             centred = x.to(COMPUTE) - mean
             new_sums = new_sums + (sums[back] + grad_y,)
             new_centred = new_centred + (tl.fma(grad_y, centred, centred_sums[back]),)
-            if total_grad_sum_ptr is not None:
-                tl.store(total_grad_sum_ptr + here, grad_y.to(total_grad_sum_ptr.dtype.element_ty), mask)
+            if grad_y_ptr is not None:
+                tl.store(grad_y_ptr + here, grad_y.to(grad_y_ptr.dtype.element_ty), mask)
         sums, centred_sums = new_sums, new_centred
     own = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     for back in tl.static_range(STEPS):
@@ -524,8 +525,8 @@ class _Geometry:
 
 
 def launch_moments(
-    x: Tensor, dtype: torch.dtype, running_mean: Tensor | None, running_var: Tensor | None,
-    batches: Tensor | None, momentum: float,
+    x: Tensor, dtype: torch.dtype, running_mean: Tensor | None = None, running_var: Tensor | None = None,
+    batches: Tensor | None = None, momentum: float = 0.0,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(mean, biased variance) [S, C] of each step and channel of x [S, N, C, ...]. Updates running_mean and
     running_var [C] once a step, in place, and adds S to batches []; None: there are none."""
@@ -569,11 +570,11 @@ def launch_forward(
 def launch_backward_sums(
     x: Tensor, mean: Tensor, variance: Tensor, weight: Tensor, bias: Tensor,
     total: Tensor | None, grad_total: Tensor | None, grad_spikes: Tensor | None,
-    weighted: Tensor, grad_weight: Tensor, grad_bias: Tensor, whole_grad_total: Tensor | None,
+    weighted: Tensor, grad_weight: Tensor, grad_bias: Tensor, grad_y: Tensor | None,
     eps: float, fires: bool, relu: bool, pool: bool, p: LIFParameters,
 ) -> None:  # fmt: skip
     """Fills weighted [S, 2, C] with weight times the sums over rows of dy and of dy (x - mean), grad_weight and
-    grad_bias [C], and whole_grad_total with dy."""
+    grad_bias [C], and grad_y with dy."""
     geometry = _Geometry(x, fires, REDUCED_VALUES if fires else VALUES, pool)
     tiles = geometry.tiles_of_a_program(fires, PROGRAMS_OF_SUMS)
     grid = geometry.grid(fires, tiles)
@@ -581,7 +582,7 @@ def launch_backward_sums(
     with torch.cuda.device_of(x):
         _backward_sums_kernel[grid](
             x, mean, variance, weight, bias, total, grad_total, grad_spikes,
-            partial, whole_grad_total,
+            partial, grad_y,
             *geometry.arguments(), geometry.width, _statistics_step(mean), tiles,
             POOL=pool, FIRE=fires, RELU=relu, EPS=eps, STEPS=_steps_in_kernel(geometry, fires),
             **_neuron(p), COMPUTE=compute_type(x.dtype), **geometry.tiles(),

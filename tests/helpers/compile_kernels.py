@@ -129,6 +129,15 @@ def launch_others(dtype: torch.dtype) -> None:
     frames = torch.zeros(1, 2, 4, 8, 8, 3, dtype=torch.uint8)
     residual_kernel.split(frames, (1.0, 2.0, 3.0), (0.1, 0.2, 0.3), dtype, channels=8)
     row, weight = torch.ones(3, 64), torch.ones(64)
+    # statistics with a number of values in memory, fixed ones, and running ones; frames alone
+    for x, weighted, count in (
+        (spikes, torch.ones(3, 2, 64), torch.ones((), dtype=torch.float64)),
+        (spikes[:1], None, None),
+    ):
+        layer = (x, row[: len(x)], row[: len(x)], weight, weight)
+        plain = (1e-5, False, False, False, LIFParameters().text)
+        operators.batch_norm_backward_input(*layer, x, None, weighted, count, *plain)
+        operators.moments_and_running(x, weight, weight, torch.zeros((), dtype=torch.int64), 0.1)
     layer, v = (spikes, row, row, weight, weight), torch.zeros(spikes.shape[1:])
     for surrogate, v_reset in (("sigmoid", None), ("triangle", -0.3)):
         neuron = LIFParameters(surrogate=surrogate, v_reset=v_reset, detach_reset=False).text

@@ -95,7 +95,9 @@ def test_layers_are_fused_wherever_they_follow_each_other(monkeypatch, options, 
     with fake_gpu(monkeypatch), torch.no_grad(), _Calls() as calls:
         model = ReSpike(num_classes=5, stride=2, **options).train()
         model(*key_residual_split(torch.empty(2, 4, 3, 32, 32), 2))
-    assert calls.operators == Counter(moments=norms, batch_norm=norms, lif=alone, geglu=blocks, group_norm=blocks)
+    assert calls.operators == Counter(
+        moments_and_running=norms, batch_norm=norms, lif=alone, geglu=blocks, group_norm=blocks
+    )
     assert not calls.others & {"relu", "relu_", "native_batch_norm"}
 
 

@@ -16,7 +16,7 @@ LARGE = 20e6  # bytes
 # The operators that the design has, and how often each moves more than LARGE with ResNet-50 and with ResNet-18.
 PLANNED = {
     # batch norms: 21 of the SNN, 16 of them with neurons, and 53 or 20 of the ANN with ReLUs; some are small
-    "respike::moments": (53, 26),
+    "respike::moments_and_running": (53, 26),
     "respike::batch_norm": (69, 36),
     "respike::batch_norm_backward_sums": (69, 38),
     "respike::batch_norm_backward_input": (69, 36),

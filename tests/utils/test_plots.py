@@ -10,6 +10,7 @@ from dataset.decode import decode_frames
 from dataset.transforms import eval_transforms
 from models import ReSpike
 from models.attention import CrossAttentionFusion
+from tests.helpers.fake_gpu import fake_gpu
 from tests.helpers.script import refused, run_here
 from utils import plots
 from utils.errors import UserError
@@ -70,6 +71,14 @@ def test_recording_leaves_the_network_as_it_was():
     assert model.training and all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert not any(module._forward_hooks for module in model.modules())
     assert not any("counted" in vars(layer) for group in model.lif_layers().values() for layer in group)
+
+
+def test_clips_may_lie_on_another_device_than_the_network(monkeypatch):
+    """As at the end of a run on a GPU."""
+    with fake_gpu(monkeypatch):
+        key, residual = (part.to("cpu") for part in clips())
+        recording = record(network(), key, residual)
+    assert recording.key.device.type == "cpu" and recording.logits.shape == (2, 3)
 
 
 def test_a_compiled_network_is_recorded_uncompiled():

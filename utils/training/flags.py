@@ -126,7 +126,8 @@ def add_shared_flags(parser: ArgumentParser) -> None:
         help="mixed precision: bf16 if the hardware has it, fp16 on older GPUs; --no-amp is fp32")
     add("--sync-bn", action=_YES_NO, help="batch norm statistics over all processes; takes more memory")
     add("--lif-backend", choices=BACKENDS,
-        help="code of the spiking layers: fused GPU kernels, plain PyTorch, SpikingJelly; auto: kernels on a GPU")
+        help="code of the spiking layers and of batch norm: fused GPU kernels, plain PyTorch, SpikingJelly; auto: "
+        "kernels on a GPU")
     add("--pack-spikes", action=_YES_NO,
         help="keep spikes as one bit each for the backward pass: less memory, some more time")
     add("--deterministic", action=_YES_NO,

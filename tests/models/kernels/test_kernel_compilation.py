@@ -37,8 +37,8 @@ def test_loads_are_as_wide_as_they_can_be(compiled):
     names = ("_forward_kernel", "_backward_kernel", "_backward_input_kernel", "_moments_kernel")
     for kernel in compiled:
         if kernel["dtype"] == "torch.bfloat16" and kernel["kernel"] in names:
-            # (States before and after are float32, and as wide.)
-            assert kernel["loads"] == ["ld.global.v4.b32"], kernel  # 16 bytes each
+            # (States before and after are float32, and as wide. The number of values over processes is a float64.)
+            assert set(kernel["loads"]) - {"ld.global.b64"} == {"ld.global.v4.b32"}, kernel  # 16 bytes each
 
 
 def test_steps_are_loaded_ahead_of_stores(compiled):
