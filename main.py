@@ -26,7 +26,7 @@ from models.heads.lmu import LMUHead
 from models.heads.neurons import NEURONS
 from models.heads.on_features import OnFeatures, OnFrames
 from utils.checkpoint import check_settings, kept_checkpoints, load_checkpoint, save_checkpoint
-from utils.device import choose_device, cpu_count, device_name, seed_all
+from utils.device import choose_algorithms, choose_device, cpu_count, device_name, seed_all
 from utils.errors import ArgumentParser, UserError
 from utils.files import writing
 from utils.heads.batches import ClipBatches, FeatureBatches
@@ -59,11 +59,15 @@ def main() -> int:
 
 
 def pick_device(config_file: str, use_cuda: bool, asked: str | None) -> torch.device:
-    if asked is not None:
-        return choose_device(f"cuda:{asked}" if asked.isdecimal() else asked)
-    if use_cuda and not torch.cuda.is_available():
+    if asked is None and use_cuda and not torch.cuda.is_available():
         raise UserError(f"{config_file}: use_cuda is true, and this machine has no CUDA device; set it to false")
-    return choose_device("cuda" if use_cuda else "cpu")
+    if asked is None:
+        asked = "cuda" if use_cuda else "cpu"
+    device = choose_device(f"cuda:{asked}" if asked.isdecimal() else asked)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    choose_algorithms(deterministic=False)
+    return device
 
 
 # ---- data: split files -> readable videos -> features, or clips if the CNN is trained along -----------------------

@@ -283,11 +283,14 @@ def build(
         synchronise_batch_norm(model)
     model = model.to(runtime.device, memory_format=torch.channels_last)
     print(f"network: {sum(p.numel() for p in model.parameters()):,} parameters, {len(classes)} classes")
+    # float16 needs its gradients scaled; --amp chooses it on GPUs that have no bfloat16. The first steps overflow, and
+    # fused SGD would then keep a momentum that nobody has written.
+    scaled = runtime.precision == torch.float16
     optimizer = torch.optim.SGD(
-        model.parameters(), lr=args.learning_rate, momentum=args.momentum, weight_decay=args.weight_decay, fused=True
-    )
-    # float16 needs its gradients scaled; --amp chooses it on GPUs that have no bfloat16.
-    scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.precision == torch.float16)
+        model.parameters(), lr=args.learning_rate, momentum=args.momentum, weight_decay=args.weight_decay,
+        fused=not scaled,
+    )  # fmt: skip
+    scaler = torch.amp.GradScaler(runtime.device.type, enabled=scaled)
     state = TrainingState(
         model, optimizer, scaler, runtime, settings, clip_ids=data.clip_ids, evaluated_clips=data.evaluated_clips,
         flags=vars(args), position=TrainPosition(args.start_epoch),

@@ -50,6 +50,7 @@ def main() -> None:
     torch.manual_seed(0)
     device = torch.device(args.device)
     choose_algorithms(deterministic=False)
+    torch.backends.cudnn.allow_tf32 = True  # PyTorch's default, which a plain build would have
     network = dict(num_classes=51, stride=args.stride, downsample=args.downsample, lif_backend=args.lif_backend)
     ours = ReSpike(args.model, **network)
     plain = PlainReSpike(copy.deepcopy(ours)).to(device)

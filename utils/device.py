@@ -37,7 +37,7 @@ def choose_device(name: str, local_rank: int = 0, local_processes: int = 1) -> t
         raise UserError(f"{name}: each of several processes takes its own GPU; give cuda", about="device")
     if (device.index or 0) >= there:
         raise UserError(f"{name}: this machine has {there} CUDA devices; use cpu", about="device")
-    return device
+    return torch.device("cuda", device.index or 0)  # torch.cuda.set_device wants an index
 
 
 def choose_precision(device: torch.device, amp: bool) -> torch.dtype | None:
@@ -53,9 +53,15 @@ def choose_algorithms(deterministic: bool) -> None:
     """Of cuDNN, cuBLAS and PyTorch: the fastest found by trying, which may differ from run to run, or those that
     give the same numbers every time."""
     torch.backends.cudnn.benchmark = not deterministic
+    torch.backends.cudnn.allow_tf32 = False  # float32 means float32, in convolutions too
     torch.use_deterministic_algorithms(deterministic, warn_only=True)
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is first used
+    if deterministic and torch.cuda.is_available():
+        # Their backward passes add in any order, unless PyTorch may refuse every operator that does.
+        torch.backends.cuda.enable_flash_sdp(False)
+        torch.backends.cuda.enable_mem_efficient_sdp(False)
+        torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def device_name(device: torch.device) -> str:

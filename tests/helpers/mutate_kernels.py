@@ -28,6 +28,7 @@ SPLIT, SURROGATES = "dataset/residual_kernel.py", "models/kernels/surrogates.py"
 GROUP, MODULE, STEM = "models/kernels/group_norm.py", "models/batch_norm.py", "models/spiking_resnet.py"
 TESTS = {
     LIF: "tests/models/kernels/test_lif_kernels.py",
+    OPERATORS: "tests/models/kernels/test_lif_kernels.py tests/models/kernels/test_batch_norm_kernels.py",
     SURROGATES: "tests/models/kernels/test_lif_kernels.py",
     GEGLU: "tests/models/kernels/test_geglu.py",
     GROUP: "tests/models/kernels/test_group_norm.py",
@@ -199,7 +200,8 @@ def main() -> None:
                 raise SystemExit(f"{path} has no {before!r}: the mutation is out of date")
             (copy / path).write_text(source.replace(before, after, 1))
             near = TESTS.get(path, "tests/models/kernels/test_batch_norm_kernels.py")
-            test = noticed(copy, [near, "-k", QUICK]) or noticed(copy, [near]) or noticed(copy, everything)
+            near = near.split()
+            test = noticed(copy, [*near, "-k", QUICK]) or noticed(copy, near) or noticed(copy, everything)
             (copy / path).write_text(source)
             if not test:
                 survivors.append(f"{path}: {before!r} -> {after!r}")

@@ -61,9 +61,10 @@ def step(request) -> tuple[str, list[Call]]:
         # As `dataset.residual.key_residual_split` lays them out.
         key = torch.empty(32, 4, 224, 224, PADDED_CHANNELS, dtype=torch.bfloat16).permute(0, 1, 4, 2, 3)
         residual = torch.empty(3, *key.permute(0, 1, 3, 4, 2).shape, dtype=torch.bfloat16).permute(1, 2, 0, 5, 3, 4)
-        with Calls() as calls:
+        # A tensor that is made without a device lies on the CPU, as in a run on a GPU.
+        with torch.device("cpu"), Calls() as calls:
             logits = model(key, residual)
-            backward(F.cross_entropy(logits.float(), torch.zeros(32, dtype=torch.int64)))
+            backward(F.cross_entropy(logits.float(), torch.zeros(32, dtype=torch.int64, device="cuda")))
     return request.param, calls.calls
 
 

@@ -1,5 +1,6 @@
 """The script as a user runs it: it trains, and resumes to the bit. What it refuses: test_refusals.py."""
 
+import argparse
 import json
 import random
 import shutil
@@ -7,10 +8,13 @@ import signal
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 import train_fusion
+import train_kinetics
 from models.neurons import LIF, NEURONS
 from tests.helpers.script import (
     TIMES,
@@ -28,6 +32,7 @@ from tests.helpers.script import (
     wait_until,
 )
 from utils.checkpoint import load_checkpoint
+from utils.runtime import Runtime
 
 
 @pytest.fixture(scope="module")
@@ -294,3 +299,13 @@ def test_resumed_from_a_path_and_told_what_changed(monkeypatch, capfd, flags, wh
     more = flags | {"--epochs": 3, "--resume": whole / "last.pt", "--run-dir": tmp_path / "more"}
     status, out, _ = run_here(monkeypatch, capfd, more)
     assert status == 0 and "epoch 3, clip 0 of 24" in out and "note: --epochs was 2, is now 3" in out
+
+
+@pytest.mark.parametrize("script", [train_fusion, train_kinetics], ids=lambda script: script.__name__)
+def test_float16_is_trained_without_the_fused_optimizer(script):
+    """Its first steps overflow: fused SGD leaves out the step, and keeps a momentum that nobody has written."""
+    args = argparse.Namespace(**script.DEFAULTS | {"weights": "none", "branches": "snn"})
+    data = SimpleNamespace(clip_ids=None, evaluated_clips="")
+    for precision, fused in ((torch.float16, False), (torch.bfloat16, True)):
+        state = script.build(args, ["a", "b"], data, Runtime(precision=precision), None)
+        assert state.scaler.is_enabled() == (not fused) and state.optimizer.defaults["fused"] == fused

@@ -123,7 +123,7 @@ def add_shared_flags(parser: ArgumentParser) -> None:
     add("--clip-norm", type=number(0), metavar="NORM", help="largest norm of the gradient; not given: not clipped")
     add("--seed", type=whole(0, below=2**63), metavar="N", help="seed of everything random")
     add("--amp", action=_YES_NO,
-        help="mixed precision: bf16 if the hardware has it, fp16 on older GPUs; --no-amp is fp32")
+        help="mixed precision: bf16 if the hardware has it, fp16 on older GPUs; --no-amp is fp32 (no TF32)")
     add("--sync-bn", action=_YES_NO, help="batch norm statistics over all processes; takes more memory")
     add("--lif-backend", choices=BACKENDS,
         help="code of the spiking layers and of batch norm: fused GPU kernels, plain PyTorch, SpikingJelly; auto: "
