@@ -45,6 +45,7 @@ def main() -> int:
     args = parser.parse_args()
     config = read_config(Path(args.config))
     device = pick_device(args.config, config.use_cuda, args.device)
+    choose_algorithms(deterministic=False)
     print(f"{args.config}: {config.name}; {device_name(device)}")
 
     classes, train_videos, test_videos = find_videos(config)
@@ -59,15 +60,11 @@ def main() -> int:
 
 
 def pick_device(config_file: str, use_cuda: bool, asked: str | None) -> torch.device:
-    if asked is None and use_cuda and not torch.cuda.is_available():
+    if asked is not None:
+        return choose_device(f"cuda:{asked}" if asked.isdecimal() else asked)
+    if use_cuda and not torch.cuda.is_available():
         raise UserError(f"{config_file}: use_cuda is true, and this machine has no CUDA device; set it to false")
-    if asked is None:
-        asked = "cuda" if use_cuda else "cpu"
-    device = choose_device(f"cuda:{asked}" if asked.isdecimal() else asked)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    choose_algorithms(deterministic=False)
-    return device
+    return choose_device("cuda" if use_cuda else "cpu")
 
 
 # ---- data: split files -> readable videos -> features, or clips if the CNN is trained along -----------------------

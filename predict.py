@@ -87,8 +87,6 @@ def main() -> int:
     model = ReSpike.from_checkpoint(args.checkpoint, args.lif_backend)
     trained = model.trained
     device = choose_device(args.device)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
     runtime = Runtime(
         device, choose_precision(device, trained.flags.get("amp", True) if args.amp is None else args.amp)
     )

@@ -11,8 +11,8 @@ from utils.errors import UserError
 
 
 def choose_device(name: str, local_rank: int = 0, local_processes: int = 1) -> torch.device:
-    """The device named "cuda", "cuda:N" or "cpu". In one of several processes on this machine "cuda" is its
-    own. Raises UserError for other names and for a device that is not there."""
+    """The device named "cuda", "cuda:N" or "cpu"; a GPU becomes the current one. In one of several processes on this
+    machine "cuda" is its own. Raises UserError for other names and for a device that is not there."""
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -21,23 +21,24 @@ def choose_device(name: str, local_rank: int = 0, local_processes: int = 1) -> t
         raise UserError(f"{name}: expected cuda, cuda:N or cpu", about="device")
     if device.type == "cpu":
         return device
-    there = torch.cuda.device_count()
+    there, index = torch.cuda.device_count(), device.index or 0
     if "WORLD_SIZE" in os.environ and device.index is None and there:
         # A scheduler may let each process see one device only; torchrun shows all of them to each.
-        if there == 1 and (local_processes == 1 or "TORCHELASTIC_RUN_ID" not in os.environ):
-            return torch.device("cuda", 0)
-        if local_processes > there:
+        sees_its_own = there == 1 and (local_processes == 1 or "TORCHELASTIC_RUN_ID" not in os.environ)
+        if local_processes > there and not sees_its_own:
             raise UserError(
                 f"cuda: {local_processes} processes were started on this machine, it has {there} CUDA devices; "
                 "start one a device (--nproc-per-node)",
                 about="device",
             )
-        return torch.device("cuda", local_rank)
-    if local_processes > 1 and device.index is not None:
+        index = 0 if sees_its_own else local_rank
+    elif local_processes > 1 and device.index is not None:
         raise UserError(f"{name}: each of several processes takes its own GPU; give cuda", about="device")
-    if (device.index or 0) >= there:
+    if index >= there:
         raise UserError(f"{name}: this machine has {there} CUDA devices; use cpu", about="device")
-    return torch.device("cuda", device.index or 0)  # torch.cuda.set_device wants an index
+    device = torch.device("cuda", index)
+    torch.cuda.set_device(device)
+    return device
 
 
 def choose_precision(device: torch.device, amp: bool) -> torch.dtype | None:

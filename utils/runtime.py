@@ -139,8 +139,6 @@ def join_run(device: str, amp: bool) -> Runtime:
     """
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         chosen = choose_device(device)
-        if chosen.type == "cuda":
-            torch.cuda.set_device(chosen)
         return Runtime(chosen, choose_precision(chosen, amp))
     names = ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     missing = [name for name in names if name not in os.environ]
@@ -154,8 +152,6 @@ def join_run(device: str, amp: bool) -> Runtime:
         error = raised
     try:
         on_gpu = chosen is not None and chosen.type == "cuda"
-        if on_gpu:
-            torch.cuda.set_device(chosen)
         dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
         control = dist.new_group(backend="gloo", timeout=_PATIENCE)
     except (RuntimeError, ValueError) as raised:

@@ -11,7 +11,17 @@ import evaluate
 import train_fusion
 import train_kinetics
 from models import ReSpike
-from tests.helpers.script import all_metrics, command_line, finish, metrics, refused, run_here, run_main, start_ranks
+from tests.helpers.script import (
+    all_metrics,
+    command_line,
+    finish,
+    metrics,
+    refused,
+    run_here,
+    run_main,
+    start_python,
+    start_ranks,
+)
 from utils.energy import count_operations
 
 COMMON = {
@@ -102,11 +112,14 @@ def test_other_constants(monkeypatch, capfd, runs, tmp_path):
     assert result["energy"]["total_mj"] == pytest.approx(want)
 
 
-def test_three_processes_count_the_same(runs, tmp_path):
+@pytest.mark.parametrize("processes", [2, 3])
+def test_several_processes_count_the_same(runs, tmp_path, processes):
+    """Two by torchrun, three that are forked."""
     flags = {str(runs["fusion"]): None, "--out": tmp_path, "--index-dir": runs["index"], "-j": 0, "--energy": None}
-    finish(start_ranks(["run", "evaluate.py", *command_line(flags)], 3))
+    command = ["evaluate.py", *command_line(flags)]
+    finish(start_python(command, 2) if processes == 2 else start_ranks(["run", *command], 3))
     result = json.loads((tmp_path / "evaluation.json").read_text())
-    assert result["counts"] == metrics(runs["fusion"])[0]["counts"] and result["protocol"]["processes"] == 3
+    assert result["counts"] == metrics(runs["fusion"])[0]["counts"] and result["protocol"]["processes"] == processes
     parts = all_metrics(runs["fusion"])[-1]["energy"]["parts"]
     assert result["energy"]["parts"] == parts
     assert len((tmp_path / "predictions.csv").read_text().splitlines()) == 9

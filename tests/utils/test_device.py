@@ -9,12 +9,31 @@ from utils.errors import UserError
 
 def test_a_gpu_has_a_number(monkeypatch):
     """torch.cuda.set_device takes no device without one."""
+    current = []
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     assert choose_device("cuda") == torch.device("cuda", 0)
     assert choose_device("cuda:1") == torch.device("cuda", 1)
+    assert current == [torch.device("cuda", 0), torch.device("cuda", 1)]
     with pytest.raises(UserError, match="has 2 CUDA devices"):
         choose_device("cuda:2")
+
+
+def test_a_process_takes_its_own_gpu(monkeypatch):
+    """torchrun shows all of them to each process; Slurm may show each its own."""
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert choose_device("cuda", local_rank=1, local_processes=2) == torch.device("cuda", 1)
+    with pytest.raises(UserError, match="give cuda"):
+        choose_device("cuda:1", local_rank=1, local_processes=2)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(UserError, match="2 processes were started on this machine, it has 1"):
+        choose_device("cuda", local_rank=1, local_processes=2)
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID")
+    assert choose_device("cuda", local_rank=1, local_processes=2) == torch.device("cuda", 0)
 
 
 @pytest.fixture
