@@ -25,7 +25,7 @@ from dataset.clips import (
     in_checkpoint_order,
     random_clips,
 )
-from dataset.demo import DemoSettings, generate_demo
+from dataset.demo import DEMOS, generate_demo
 from dataset.device_loader import DeviceLoader, LoaderMaker
 from dataset.frame_sampling import SAMPLINGS
 from dataset.index import VideoIndex
@@ -50,7 +50,7 @@ from utils.training.flags import add_shared_flags, begin_run, check_epoch, defau
 # ---- hyper-parameters: edit them here, or give the flag of the same name. --help explains each. -------
 DEFAULTS = dict(
     # data
-    dset="hmdb51",  # hmdb51, ucf101 or demo
+    dset="hmdb51",  # hmdb51, ucf101, demo or demo-binding
     data_root=None,  # folder of the class folders; None: DATA_SETS below
     annotation_path=None,  # folder of the split files; None: DATA_SETS below
     split=1,  # official split, 1 to 3
@@ -127,6 +127,8 @@ DATA_SETS = {
     "ucf101": DataSet(read_ucf101, "data/ucf101/UCF-101", "data/ucf101/ucfTrainTestlist"),
     # A flip would swap the demo's left and right; its shapes are small already.
     "demo": DataSet(read_hmdb51, "data/demo", None, flip=False, crop_area=(0.6, 1.0)),
+    # Whole frames: a crop could lose one of the halves.
+    "demo-binding": DataSet(read_hmdb51, "data/demo-binding", None, flip=False, crop_area=(1.0, 1.0)),
 }
 PUBLISHED_CLIP_STEP = 16  # frames between the windows of --clips-per-video all
 
@@ -142,8 +144,8 @@ def parse_args() -> argparse.Namespace:
         "window 16 frames apart (as published)")  # fmt: skip
     add_shared_flags(parser)
     args = parse(parser, DEFAULTS)
-    if args.dset == "demo" and args.annotation_path is not None:
-        raise UserError("--annotation-path: the demo makes its own split files, under --data-root")
+    if args.dset in DEMOS and args.annotation_path is not None:
+        raise UserError("--annotation-path: a demo makes its own split files, under --data-root")
     if args.clips_per_video == "all" and args.sampling != "window":
         raise UserError("--clips-per-video all: every window of a video; it goes with --sampling window")
     args.run_dir = args.run_dir or default_run_dir(args, f"{args.dset}-split{args.split}")
@@ -198,10 +200,10 @@ def find_videos(args: argparse.Namespace, run: RunFolder) -> tuple[list[str], Vi
     data_set = DATA_SETS[args.dset]
     data_root = args.data_root or data_set.data_root
     annotation_path = args.annotation_path or data_set.annotation_path
-    if args.dset == "demo" and args.test_only:
+    if args.dset in DEMOS and args.test_only:
         data_root, annotation_path = Path(data_root) / "videos", Path(data_root) / "splits"
-    elif args.dset == "demo":
-        data_root, annotation_path = generate_demo(Path(data_root), DemoSettings(), workers=cpu_count())
+    elif args.dset in DEMOS:
+        data_root, annotation_path = generate_demo(Path(data_root), DEMOS[args.dset], workers=cpu_count())
     split = data_set.read(data_root, annotation_path, args.split)
     if args.test_only:
         split = replace(split, train=[])
