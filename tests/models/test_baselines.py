@@ -99,3 +99,17 @@ def test_a_checkpoint_gives_its_own_network_and_no_other(tmp_path, clip, model):
         assert torch.equal(loaded(*batch), model.eval()(*batch))
     with pytest.raises(UserError, match=rf"a {type(model).__name__} \({backbone}\), expected a ReSpike"):
         ReSpike.from_checkpoint(path)
+
+
+def test_gradients_of_two_frames_in_bfloat16_on_a_cpu_are_those_of_float32():
+    """PyTorch's own bfloat16 gradient there holds, now and then, whatever lay in memory before."""
+    model, gradients = VideoResNet("r3d_18", 3), []
+    key, residual = key_residual_split(torch.randint(0, 256, (4, 4, 3, 32, 32), dtype=torch.uint8), 1)
+    for bfloat16 in (True, False):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+            loss = model(key, residual).square().sum()
+        loss.backward()
+        gradients.append(model.body.layer2[0].conv2[0].weight.grad.clone())
+        model.zero_grad()
+    assert gradients[0].abs().max() > 0
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-5)
