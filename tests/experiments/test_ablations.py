@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import ablations, sweep
+from experiments import ablations, sweep
 from tests.helpers.script import ROOT, children, said, start_python, wait_until
 from utils.script import run_script
 
@@ -155,7 +155,7 @@ def test_ctrl_c_lets_the_trainings_save(tmp_path, number):
     (tmp_path / "train.py").write_text(FAKE)
     out = tmp_path / "out"
     flags = ["--out", str(out), "--script", str(tmp_path / "train.py"), "--only", "base", "--seeds", "1", "2", "3"]
-    process = start_python(["-m", "benchmarks.ablations", *flags, "--jobs", "2", "--", "--sleep", "30"])
+    process = start_python(["-m", "experiments.ablations", *flags, "--jobs", "2", "--", "--sleep", "30"])
     wait_until(lambda: all((out / f"base-{seed}/running").exists() for seed in (1, 2)), process)
     # A terminal's Ctrl-C reaches its whole process group: the second SIGINT of a training would end it unsaved.
     assert os.getpgid(process.pid) not in map(os.getpgid, children(process.pid))

@@ -1,6 +1,6 @@
 """What --init is worth on the demo: four motions fine-tuned from a network of the other four, and from scratch.
 
-    python -m benchmarks.finetune --out runs/finetune --jobs 2
+    python -m experiments.finetune --out runs/finetune --jobs 2
 
 The eight classes are split in two: left, up, clockwise, grow to pre-train on; right, down, counter-clockwise, shrink to
 fine-tune on. For each seed three runs: "pretrained" on the first four, "finetuned" (--init of the former) and "scratch"
@@ -15,8 +15,8 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.sweep import ROOT, Run, add_sweep_flags, mean_deviation, run_all, write_tables
 from dataset.demo import CLASSES, DemoSettings, generate_demo
+from experiments.sweep import ROOT, Run, add_sweep_flags, mean_deviation, run_all, write_tables
 from utils.device import cpu_count
 from utils.errors import ArgumentParser
 from utils.files import writing

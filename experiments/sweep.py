@@ -1,4 +1,4 @@
-"""Many trainings, one run folder each: what `benchmarks.ablations` and `benchmarks.finetune` share.
+"""Many trainings, one run folder each: what the experiments share.
 
 A sweep that was stopped or killed goes on with the same command. Finished runs are not trained again.
 """

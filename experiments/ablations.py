@@ -1,6 +1,6 @@
 """The paper's comparisons as one sweep: branches, fusion, stride, frames, and what a residual frame is.
 
-    python -m benchmarks.ablations --out runs/ablations --seeds 1 2 3 -- --dset hmdb51 --model resnet50 -b 32 -lr 0.0001
+    python -m experiments.ablations --out runs/ablations --seeds 1 2 3 -- --dset hmdb51 --model resnet50 -b 32
 
 What stands behind `--` goes to the training script of every run. A run is a variant with a seed; it has a folder of its
 own in --out. The same command goes on if the sweep was stopped or killed. The end is a table, as table.md and
@@ -8,7 +8,7 @@ table.csv in --out: video top-1, energy a clip (evaluate.py --energy) and traini
 
 On the generated demo videos, two epochs of small frames cost about 4 minutes of one CPU core a run:
 
-    python -m benchmarks.ablations --only base ann snn lean concat stride2 previous none --jobs 2 -- --dset demo \\
+    python -m experiments.ablations --only base ann snn lean concat stride2 previous none --jobs 2 -- --dset demo \\
         --weights none -T 8 --size 32 -b 16 -lr 0.05 --clip-norm 1 --epochs 2 -j 0 --keep 1
 
 A run of two epochs has not converged: it tells apart what can learn the motion from what cannot, and little more.
@@ -19,7 +19,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.sweep import ROOT, Run, add_sweep_flags, mean_deviation, run_all, write_tables
+from experiments.sweep import ROOT, Run, add_sweep_flags, mean_deviation, run_all, write_tables
 from utils.errors import ArgumentParser
 from utils.script import run_script
 
