@@ -52,6 +52,20 @@ def test_stopped_in_mid_epoch_and_resumed_to_the_bit(monkeypatch, capfd, run, tm
     assert comparable(tmp_path / "parts") == comparable(folder) and same_weights(tmp_path / "parts", folder)
 
 
+def test_film_stopped_in_mid_epoch_and_resumed_to_the_bit(monkeypatch, capfd, tiny_lists, tmp_path):
+    flags = COMMON | tiny_lists | {"-T": 2, "--stride": 2, "--fusion": "film", "--downsample": None, "--epochs": 1}
+    flags |= {"--index-dir": tmp_path / "index", "--no-energy": None, "--resume": "auto"}
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert run_here(monkeypatch, capfd, flags | {"--run-dir": whole}, train_kinetics)[0] == 0
+    calls = iter([False] + [True] * 100)
+    with monkeypatch.context() as patch:
+        patch.setattr("utils.signals.StopRequest.requested", lambda self: next(calls))
+        assert run_here(patch, capfd, flags | {"--run-dir": parts}, train_kinetics)[0] == 0
+    assert 0 < load_checkpoint(parts / "last.pt")["position"]["clips"] < 24
+    assert run_here(monkeypatch, capfd, flags | {"--run-dir": parts}, train_kinetics)[0] == 0
+    assert comparable(parts) == comparable(whole) and same_weights(parts, whole)
+
+
 def test_evaluated_and_asked(monkeypatch, capfd, run, tiny_demo, tmp_path):
     _, folder, flags = run
     arguments = {str(folder): None, "--out": tmp_path, "--index-dir": flags["--index-dir"], "--energy": None, "-j": 0}
