@@ -101,7 +101,7 @@ def pareto_front(points: Sequence[Point]) -> list[Point]:
 
 def frontier_figure(panels: dict[str, Sequence[Point]]) -> Figure:
     """Accuracy over energy, a panel for each title."""
-    figure = new_figure(max(6.0, 4.8 * len(panels)), 4.6)
+    figure = new_figure(max(7.0, 4.8 * len(panels)), 4.6)
     all_axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for axes, (title, points) in zip(all_axes, panels.items(), strict=True):
         _draw(axes, points)
@@ -147,7 +147,7 @@ def _explanations() -> list:
     return [
         Line2D([], [], label="with an SNN", **_style(True)),
         Line2D([], [], label="without an SNN, to compare with", **_style(False)),
-        Line2D([], [], label="Pareto front (names in bold)", color=_FRONT, linestyle="--", linewidth=1.2),
+        Line2D([], [], label="Pareto front (bold names)", color=_FRONT, linestyle="--", linewidth=1.2),
     ]
 
 

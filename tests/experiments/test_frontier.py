@@ -51,7 +51,9 @@ def test_the_front_has_whom_nobody_beats_in_both():
 
 
 def test_what_is_drawn(sweep_folder):
-    (axes,) = frontier_figure({"a sweep": read_sweep(sweep_folder)}).axes
+    figure = frontier_figure({"a sweep": read_sweep(sweep_folder)})
+    (axes,), (legend,) = figure.axes, figure.legends
+    assert legend.get_window_extent().x0 > 0 and legend.get_window_extent().x1 < figure.bbox.x1
     front, *points = [line for line in axes.lines if line.get_marker() not in ("_", "|")]
     assert axes.get_xscale() == "log" and axes.get_title() == "a sweep"
     assert list(zip(front.get_xdata(), front.get_ydata(), strict=True)) == [(0.5, 62), (2, 82), (40, 86)]
