@@ -13,8 +13,8 @@ of the blob on the vertical stripes.
   half of the others: 62.5 %.
 - Both together tell the class of every video.
 
-The second is exact for frames at the size of the file. Scaled frames are rounded to integers, and the rounding of a
-residual by one level, of the blob's 90, depends on the ground.
+The second is exact for frames at the size of the file. Scaled frames are rounded to integers: the stripes then change a
+residual by up to 2 levels, where the blob changes it by 90.
 """
 
 import math

@@ -29,10 +29,13 @@ _POLL_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
-class Results:
-    """What a run folder of a sweep holds."""
+class Run:
+    """One training: `script` with `flags`, in `folder`; its output goes to a file beside the folder."""
 
     folder: Path
+    script: Path
+    flags: tuple[str, ...]
+    energy: bool = True  # whether evaluate.py counts its operations in the end
 
     @property
     def name(self) -> str:
@@ -43,11 +46,36 @@ class Results:
         """A line for each start of the training, and of evaluate.py."""
         return self.folder.with_name(f"{self.name}.times.jsonl")
 
+    @property
+    def log(self) -> Path:
+        return self.folder.with_name(f"{self.name}.log")
+
+    def check(self) -> None:
+        """Raises UserError if the folder holds a run with other flags: a table would mix two settings."""
+        script, *trained = self._config().get("command", [self.script.name, *self.flags])
+        if script != self.script.name or tuple(trained[-len(self.flags) :]) != self.flags:
+            raise UserError(
+                f"{self.folder}: was trained with other flags ({shlex.join(trained)}); give the same flags, or name "
+                "another folder",
+                about="out",
+            )
+
     def finished(self) -> bool:
         """Whether it has all its epochs and, if it chose the best one on validation videos, the test of that one."""
-        epochs = self.config().get("flags", {}).get("epochs")
+        epochs = self._config().get("flags", {}).get("epochs")
         has_epochs = epochs is not None and len(self.metrics()) >= epochs
-        return has_epochs and (not self.validates() or (self.folder / "test.json").exists())
+        return has_epochs and (not self._validates() or (self.folder / "test.json").exists())
+
+    def next_command(self) -> list[str] | None:
+        """What is left to do: training, then the count of operations; None if all is done."""
+        if not self.finished():
+            # evaluate.py counts the energy, of the network that the accuracy is about.
+            own = ["--run-dir", str(self.folder), "--resume", "auto", "--no-energy"]
+            return [sys.executable, str(self.script), *own, *self.flags]
+        if self.energy and EVALUATE.exists() and not (self.folder / "evaluation.json").exists():
+            checkpoint = "best.pt" if self._validates() else "last.pt"
+            return [sys.executable, str(EVALUATE), str(self.folder / checkpoint), "--energy"]
+        return None
 
     def metrics(self) -> list[dict]:
         """The lines of metrics.jsonl, one for each epoch that was trained."""
@@ -56,7 +84,7 @@ class Results:
     def top1(self) -> float:
         """Video top-1 in percent: of the test if the run chose its best epoch on validation videos (--val-fraction),
         else of the last epoch. The best epoch on the test set itself would be an optimistic choice."""
-        scored = _read(self.folder / "test.json") if self.validates() else self.metrics()[-1]
+        scored = _read(self.folder / "test.json") if self._validates() else self.metrics()[-1]
         return scored["video_top1"]
 
     def energy_mj(self) -> float | None:
@@ -73,45 +101,11 @@ class Results:
         """On the clock, spent on training, without tests and start."""
         return sum(line["train_clips"] / line["clips_per_second"] for line in self.metrics())
 
-    def config(self) -> dict:
+    def _config(self) -> dict:
         return _read(self.folder / "config.json")
 
-    def validates(self) -> bool:
-        return self.config().get("flags", {}).get("val_fraction", 0) > 0
-
-
-@dataclass(frozen=True)
-class Run(Results):
-    """One training: `script` with `flags`, in `folder`; its output goes to a file beside the folder."""
-
-    script: Path
-    flags: tuple[str, ...]
-    energy: bool = True  # whether evaluate.py counts its operations in the end
-
-    @property
-    def log(self) -> Path:
-        return self.folder.with_name(f"{self.name}.log")
-
-    def check(self) -> None:
-        """Raises UserError if the folder holds a run with other flags: a table would mix two settings."""
-        script, *trained = self.config().get("command", [self.script.name, *self.flags])
-        if script != self.script.name or tuple(trained[-len(self.flags) :]) != self.flags:
-            raise UserError(
-                f"{self.folder}: was trained with other flags ({shlex.join(trained)}); give the same flags, or name "
-                "another folder",
-                about="out",
-            )
-
-    def next_command(self) -> list[str] | None:
-        """What is left to do: training, then the count of operations; None if all is done."""
-        if not self.finished():
-            # evaluate.py counts the energy, of the network that the accuracy is about.
-            own = ["--run-dir", str(self.folder), "--resume", "auto", "--no-energy"]
-            return [sys.executable, str(self.script), *own, *self.flags]
-        if self.energy and EVALUATE.exists() and not (self.folder / "evaluation.json").exists():
-            checkpoint = "best.pt" if self.validates() else "last.pt"
-            return [sys.executable, str(EVALUATE), str(self.folder / checkpoint), "--energy"]
-        return None
+    def _validates(self) -> bool:
+        return self._config().get("flags", {}).get("val_fraction", 0) > 0
 
 
 def _read(file: Path) -> dict:
@@ -259,8 +253,8 @@ def _failure(run: Run, status: int) -> str:
 def write_variants(out: Path, every_run: str, variants: dict[str, tuple[Variant, list[Run]]]) -> str:
     """The table of the runs that are finished: mean and deviation of a variant over its runs."""
     figures = {
-        "video_top1": Results.top1, "energy_mj": Results.energy_mj, "core_minutes": Results.core_minutes,
-        "seconds": Results.seconds,
+        "video_top1": Run.top1, "energy_mj": Run.energy_mj, "core_minutes": Run.core_minutes,
+        "seconds": Run.seconds,
     }  # fmt: skip
     titles = ["video top-1, %", "energy a clip, mJ", "training, core-minutes", "training, s"]
     markdown = [["variant", "changed", "runs", *titles]]

@@ -1,7 +1,6 @@
 """Pictures of a network at work and of runs.
 
     python -m utils.plots RUN... --out curves.png              training curves of several runs
-    python -m utils.plots RUN... --energy --out energy.png     accuracy against energy (evaluate.py --energy)
     python -m utils.plots CHECKPOINT --clip VIDEO --out FOLDER firing rates, spikes and attention for one video
 
 A function `..._figure` draws what it is given; `utils.figures` writes the figure to a file or makes a tensor of it.
@@ -50,7 +49,6 @@ _MOST_CLASSES_COUNTED = 12  # a larger confusion matrix shows no numbers
 _MOST_CLASSES_NAMED = 120  # a larger one shows no names
 # Okabe and Ito's colours, which the colour-blind can tell apart.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-_MARKERS = "osD^vP*X"
 _LINE_STYLES = ("-", "--", "-.", ":")
 
 
@@ -409,80 +407,6 @@ def _colours(count: int) -> list:
     return [colormaps["viridis"](number / (count - 1)) for number in range(count)]
 
 
-def read_energy(run: Path) -> dict:
-    """Accuracy "video_top1", "total_mj" and "baselines" (name -> mJ, accuracy or None) of a run's evaluation.json.
-
-    Raises UserError if there is none, or none with energy.
-    """
-    file = run / "evaluation.json"
-    advice = f"run python evaluate.py {run / 'best.pt'} --energy"
-    if not file.is_file():
-        raise UserError(f"{file}: no such file; {advice}")
-    try:
-        report = json.loads(file.read_text())
-        return {
-            "video_top1": float(report["video_top1"]), "total_mj": float(report["energy"]["total_mj"]),
-            "baselines": {
-                name: (float(other["mj"]), other.get("video_top1"))
-                for name, other in report["energy"].get("baselines", {}).items()
-            },
-        }  # fmt: skip
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        detail = f"{type(error).__name__}: {error}"
-        raise UserError(f"{file}: expected accuracy and energy in it ({detail}); {advice}") from error
-
-
-def energy_figure(runs: dict[str, dict]) -> Figure:
-    """Accuracy against energy. runs: name -> what `read_energy` gives.
-
-    Baselines whose accuracy is known stand among the runs; of the others the energy is shown below.
-    """
-    from matplotlib.ticker import LogLocator
-
-    known, unknown = {}, {}
-    for run in runs.values():
-        for name, (mj, top1) in run["baselines"].items():
-            if top1 is None:
-                unknown[(name, round(mj, 6))] = mj
-            else:
-                known[(name, round(mj, 6), top1)] = (mj, top1)
-    figure = new_figure(9, 4 + 0.22 * len(unknown))
-    if unknown:
-        above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3.6, 0.22 * len(unknown) + 0.3))
-    else:
-        above = figure.subplots()
-    bottom = below if unknown else above
-    points = {name: (run["total_mj"], run["video_top1"], True) for name, run in runs.items()}
-    points |= {name: (mj, top1, False) for (name, *_), (mj, top1) in known.items()}
-    for number, ((name, (mj, top1, is_run)), colour) in enumerate(
-        zip(points.items(), _colours(len(points)), strict=True)
-    ):
-        marker = _MARKERS[number % len(_MARKERS)]
-        face = colour if is_run else "none"
-        label = name if is_run else f"{name} (baseline)"
-        above.scatter(mj, top1, s=60, marker=marker, facecolors=face, edgecolors=[colour], label=label, zorder=3)
-    above.set(ylabel="video top-1 (%)", title="Accuracy against energy")
-    figure.legend(fontsize=8, loc="outside right upper")
-    if unknown:
-        unknown = dict(sorted(unknown.items(), key=lambda item: item[1]))
-        below.scatter(list(unknown.values()), range(len(unknown)), marker="o", s=16, color="0.2", zorder=3)
-        below.set_yticks(range(len(unknown)), [name for name, _ in unknown], fontsize=8)
-        below.set(ylim=(-0.7, len(unknown) - 0.3), title="Baselines of unknown accuracy")
-        below.title.set_fontsize(9)
-    bottom.set_xlabel("energy of a clip (mJ; arithmetic only, an estimate)")
-    energies = [mj for mj, *_ in points.values()] + list(unknown.values())
-    if max(energies) > 10 * min(energies):
-        bottom.set_xscale("log")
-        bottom.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        bottom.xaxis.set_major_formatter("{x:g}")
-        bottom.xaxis.set_minor_formatter("")
-    else:
-        bottom.set_xlim(0, 1.05 * max(energies))
-    for axes in (above, bottom):
-        axes.grid(color="0.9")
-    return figure
-
-
 # ---- the command line ---------------------------------------------------------------------------------
 
 
@@ -529,11 +453,10 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="picture: .png, .pdf or .svg; with "
         "--clip, a folder")  # fmt: skip
-    parser.add_argument("--energy", action="store_true", help="accuracy against energy in place of training curves")
     parser.add_argument("--clip", type=Path, metavar="VIDEO", help="firing rates, spikes and attention for this video")
     args = parser.parse_args()
-    if args.clip is not None and (args.energy or len(args.paths) > 1):
-        raise UserError("--clip goes with one checkpoint and without --energy")
+    if args.clip is not None and len(args.paths) > 1:
+        raise UserError("--clip goes with one checkpoint")
     return args
 
 
@@ -543,12 +466,7 @@ def main() -> int:
         written = draw_clip(args.paths[0], args.clip, args.out)
     else:
         check_format(args.out)
-        runs = _by_name(args.paths)
-        if args.energy:
-            figure = energy_figure({name: read_energy(run) for name, run in runs.items()})
-        else:
-            figure = curves_figure({name: read_metrics(run) for name, run in runs.items()})
-        save_figure(args.out, figure)
+        save_figure(args.out, curves_figure({name: read_metrics(run) for name, run in _by_name(args.paths).items()}))
         written = [args.out]
     print(*(f"wrote {file}" for file in written), sep="\n")
     return 0

@@ -19,11 +19,9 @@ from utils.plots import (
     attention_figure,
     calibration,
     curves_figure,
-    energy_figure,
     firing_rate_figure,
     raster_figure,
     read_clip,
-    read_energy,
     read_metrics,
     record,
     save_calibration,
@@ -167,7 +165,7 @@ def test_calibration(tmp_path):
 # ---- runs ---------------------------------------------------------------------------------------------
 
 
-def write_run(folder, epochs=3, evaluated_on="test", **energy):
+def write_run(folder, epochs=3, evaluated_on="test"):
     folder.mkdir()
     lines = [
         {"epoch": n, "train_loss": 2.0 - n, f"{evaluated_on}_loss": 2.5 - n, "train_clip_top1": 10.0 * n,
@@ -178,8 +176,6 @@ def write_run(folder, epochs=3, evaluated_on="test", **energy):
     (folder / "metrics.jsonl").write_text(
         "".join(json.dumps(line) + "\n" for line in [*lines, closing]) + '{"epoch": 3, "tr'
     )
-    if energy:
-        (folder / "evaluation.json").write_text(json.dumps({"video_top1": 50.0, "energy": energy}))
     return folder
 
 
@@ -195,19 +191,6 @@ def test_curves_of_several_runs(tmp_path, monkeypatch, capfd):
     assert (tmp_path / "c.pdf").read_bytes().startswith(b"%PDF")
 
 
-def test_accuracy_against_energy(tmp_path, monkeypatch, capfd):
-    others = {"resnet50": {"mj": 30.0, "video_top1": 40.0}, "r3d_18": {"mj": 500.0}}
-    runs = [write_run(tmp_path / "a", total_mj=12.0, baselines=others), write_run(tmp_path / "b", total_mj=20.0)]
-    above, below = energy_figure({run.name: read_energy(run) for run in runs}).axes
-    assert [points.get_offsets().tolist() for points in above.collections] == [[[12, 50]], [[20, 50]], [[30, 40]]]
-    assert below.collections[0].get_offsets().tolist() == [[500, 0]]
-    assert [label.get_text() for label in below.get_yticklabels()] == ["r3d_18"]
-    flags = {str(run): None for run in runs} | {"--energy": None, "--out": tmp_path / "energy.png"}
-    status, out, _ = run_here(monkeypatch, capfd, flags, plots)
-    assert status == 0 and out == f"wrote {tmp_path}/energy.png\n"
-    assert (tmp_path / "energy.png").read_bytes().startswith(PNG)
-
-
 def test_mistakes_are_one_line(tmp_path, monkeypatch, capfd):
     run = write_run(tmp_path / "run")
     (tmp_path / "empty").mkdir()
@@ -220,9 +203,6 @@ def test_mistakes_are_one_line(tmp_path, monkeypatch, capfd):
     refuse("no metrics.jsonl in it", run, tmp_path / "empty", out=png)
     refuse(r"--out .*a\.jpg: the name of a picture must end in \.png, \.pdf, \.svg", run, out=tmp_path / "a.jpg")
     refuse("cannot be written", run, out=tmp_path / "absent" / "a.png")
-    refuse(r"run/evaluation.json: no such file; run python evaluate.py .*best.pt --energy", run, energy=None, out=png)
-    (run / "evaluation.json").write_text('{"video_top1": 1.0}')
-    refuse(r"evaluation.json: expected accuracy and energy in it .*--energy", run, energy=None, out=png)
     refuse("--clip goes with one checkpoint", run, run / "b", clip="v.avi", out=tmp_path)
     refuse(r"best\.pt: no such checkpoint", run, clip="v.avi", out=tmp_path)
     (run / "metrics.jsonl").write_text("")
