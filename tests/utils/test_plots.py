@@ -16,10 +16,11 @@ from utils import plots
 from utils.errors import UserError
 from utils.figures import as_image, new_figure, save_figure
 from utils.plots import (
-    attention_figure,
     calibration,
     curves_figure,
     firing_rate_figure,
+    fusion_figure,
+    key_residual_picture,
     raster_figure,
     read_clip,
     read_metrics,
@@ -112,14 +113,34 @@ def test_maps_weigh_the_tokens_that_moved():
     residual[:] = 0
     residual[0, 0, 1, :, :16, :16] = 1  # one token of stage 3's grid of 2 x 4, at the second step
     recording = record(network(), key, residual)
-    weights, maps = recording.attention["stage3"], recording.attention_maps()["stage3"]
+    weights, maps = recording.attention["stage3"], recording.fusion_maps()["stage3"]
     assert maps.shape == (2, 2, 4)
     torch.testing.assert_close(maps[0].flatten(), 8 * weights[0, 1, 0])
     torch.testing.assert_close(maps[1].flatten(), 8 * weights[1].mean((0, 1)))  # nothing moved: all alike
     torch.testing.assert_close(maps.mean((1, 2)), torch.ones(2))
 
 
+def test_modulation_is_the_change_of_the_currents_at_a_place():
+    model = network(fusion="film")
+    torch.nn.init.normal_(model.fusions[1].to_shift.weight, std=0.1)
+    torch.nn.init.normal_(model.fusions[1].to_gain.bias, std=0.1)
+    seen = {}
+    model.fusions[1].register_forward_hook(lambda module, inputs, out: seen.update(before=inputs[0], after=out))
+    recording = record(model, *clips())
+    change = (seen["after"] - seen["before"]).abs().mean((0, 2))  # over steps and channels
+    assert recording.fusion == "modulation" and not recording.attention and change.max() > 0
+    maps = recording.fusion_maps()
+    torch.testing.assert_close(maps["stage2"], change / change.mean((1, 2), keepdim=True))
+    assert not maps["stage3"].any()  # a block as new changes nothing
+    assert len(fusion_figure(recording, rows=[0]).axes) == 1 + 3 + 4 + 1
+
+
 # ---- pictures -----------------------------------------------------------------------------------------
+
+
+def test_clips_of_a_network_that_sees_every_frame():
+    picture = key_residual_picture(torch.randn(2, 5, 3, 8, 8), torch.empty(2, 5, 0, 3, 8, 8))
+    assert picture.shape[2] == 5 * (8 + 1) + 1 and 0 <= picture.min() < picture.max() <= 1
 
 
 def test_pictures_of_a_clip(tmp_path):
@@ -129,12 +150,12 @@ def test_pictures_of_a_clip(tmp_path):
     raster = raster_figure(recording, clip=1)
     chosen = raster.axes[0].collections[0].get_offsets()
     assert len(chosen) > 0 and set(chosen[:, 0]) <= set(range(6)) and chosen[:, 1].max() < 16 * 40
-    attention = attention_figure(recording, rows=[0, 2], title="two")
+    attention = fusion_figure(recording, rows=[0, 2], title="two")
     assert len(attention.axes) == 2 * (1 + 3 + 4) + 1  # and the colour bar
     for figure in (rates, raster, attention):
         image = as_image(figure)
         assert image.shape[0] == 3 and 0 <= image.min() < image.max() == 1
-    assert len(attention_figure(record(network(branches="snn"), *clips())).axes) == 4 * 4  # no map
+    assert len(fusion_figure(record(network(branches="snn"), *clips())).axes) == 4 * 4  # no map
 
 
 @pytest.mark.parametrize("count", [8, 51, 400])
@@ -237,7 +258,9 @@ def test_pictures_of_a_video(tmp_path, tiny_demo, monkeypatch, capfd):
     assert printed.count("wrote") == 3
     refused(monkeypatch, capfd, words | {"--clip": tmp_path / "absent.avi"}, r"absent\.avi", plots)
     ann = write_network(tmp_path / "ann.safetensors", branches="ann")
-    refused(monkeypatch, capfd, {str(ann): None, "--clip": video, "--out": out}, "no spikes and no attention", plots)
+    refused(
+        monkeypatch, capfd, {str(ann): None, "--clip": video, "--out": out}, "no spikes and no fusion to draw", plots
+    )
 
 
 def test_the_clip_is_the_checkpoints_own(tmp_path, tiny_demo):
