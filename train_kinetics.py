@@ -19,7 +19,8 @@ from dataset.clips import VideoTable, clip_ids, count_short, eval_clips, fingerp
 from dataset.device_loader import DeviceLoader, LoaderMaker
 from dataset.frame_sampling import SAMPLINGS
 from dataset.index import VideoIndex
-from dataset.lists import VideoList, read_label_map, read_lists
+from dataset.label_map import read_label_map
+from dataset.lists import VideoList, read_lists
 from dataset.readable import readable_videos
 from dataset.transforms import eval_short_side, eval_transforms, multi_scale_crop
 from models import ReSpike

@@ -98,9 +98,7 @@ def _hash(text: str) -> int:
 def fingerprint(videos: VideoTable, clips: numpy.ndarray) -> str:
     """A short text that differs for other clips, for another order, and in its last part for other labels. Checkpoints
     from before labels were kept hold the text without this part."""
-    ids, labels = (
-        hashlib.blake2b(column.tobytes(), digest_size=4).hexdigest() for column in clip_ids(videos, clips).T
-    )
+    ids, labels = (hashlib.blake2b(column.tobytes(), digest_size=4).hexdigest() for column in clip_ids(videos, clips).T)
     return f"{len(clips)} clips, {ids}, labels {labels}"
 
 

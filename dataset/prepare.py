@@ -38,7 +38,8 @@ from dataset.decode import every_frame
 from dataset.demo import DemoSettings, copy_lists, generate_demo
 from dataset.index import probe
 from dataset.jpeg_video import marked
-from dataset.lists import VideoList, read_label_map, read_lists
+from dataset.label_map import read_label_map
+from dataset.lists import VideoList, read_lists
 from dataset.pool import map_in_processes
 from dataset.splits import VIDEO_SUFFIXES, listed_videos
 from utils.device import cpu_count

@@ -143,9 +143,7 @@ def test_other_training_labels_are_another_data_set(hundred):
     assert start(checkpoint(50), [0] * 100) == (kept, "")
     clips, out = start(checkpoint(50), [0] * 90 + [1] * 10)
     assert clips == [NO_VIDEO] * 10 + kept[10:]
-    assert out == (
-        "note: 10 of 100 training clips have another label since the run started and are left out of it\n"
-    )
+    assert out == ("note: 10 of 100 training clips have another label since the run started and are left out of it\n")
     clips, out = start(checkpoint(0), [0] * 89 + [1] * 11)
     assert clips == list(range(100)) and "from here the training clips are others than in last.pt" in out
     assert "0 are not there, 0 are new, 11 have another label" in out
