@@ -1,6 +1,7 @@
 # make demo       set up and train on generated videos; results in runs/demo
 # make demo-prepared   prepare the demo's videos (python -m dataset.prepare) and train on the copy; as make demo
 # make demo-ann   the same command with the ANN branch alone: it cannot tell the motions apart
+# make demo-binding   train on generated videos that need both branches; results in runs/demo-binding
 # make test       set up and run every test that needs no GPU
 # make test-gpu   set up and run the tests that need a CUDA device
 # make lint       set up and run ruff
@@ -14,10 +15,10 @@ CONSTRAINTS ?= constraints.txt
 READY := $(VENV)/.ready
 CLIPS ?= ../shared/clips
 
-DEMO := --dset demo --weights none --downsample -T 8 --stride 4 --size 64 -b 16 -lr 0.05 \
-	--clip-norm 1 --warmup-epochs 1 --epochs 6
+TRAINED := --weights none --downsample -T 8 --stride 4 --size 64 -b 16 -lr 0.05 --clip-norm 1 --warmup-epochs 1 --epochs 6
+DEMO := --dset demo $(TRAINED)
 
-.PHONY: help setup demo demo-prepared demo-ann test test-gpu lint bench clean
+.PHONY: help setup demo demo-prepared demo-ann demo-binding test test-gpu lint bench clean
 
 help:
 	@sed -n 's/^# make/make/p' Makefile
@@ -40,6 +41,9 @@ demo-prepared: $(READY)
 
 demo-ann: $(READY)
 	$(BIN)/python train_fusion.py $(DEMO) --branches ann --run-dir runs/demo-ann --overwrite
+
+demo-binding: $(READY)
+	$(BIN)/python train_fusion.py --dset demo-binding $(TRAINED) --run-dir runs/demo-binding --overwrite
 
 # Two processes, a file of tests to each at a time; most tests use one thread, and start processes of their own.
 test: $(READY)

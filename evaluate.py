@@ -22,7 +22,7 @@ from torch import Tensor
 import train_fusion
 import train_kinetics
 from dataset.transforms import CROP_POSITIONS
-from models import ReSpike
+from models import Network, network_of
 from models.neurons import BACKENDS, runs_on_triton
 from utils.device import choose_algorithms, choose_precision
 from utils.energy import (
@@ -81,7 +81,7 @@ def parse_args() -> argparse.Namespace:
     add("--mac-pj", type=number(0.001), default=Constants.mac_pj, metavar="PJ", help="picojoule a multiply-add")
     add("--ac-pj", type=number(0.001), default=Constants.ac_pj, metavar="PJ", help="picojoule an accumulate")
     add("--baseline", nargs="+", default=[], metavar="CHECKPOINT",
-        help="other runs, for example with --branches ann: tested on the same videos and counted alike")
+        help="other runs, for example with --branches frames: tested on the same videos and counted alike")
     add = parser.add_argument_group("output").add_argument
     add("--out", metavar="FOLDER", help="folder of evaluation.json and the other files; not given: the checkpoint's")
     add("--export", metavar="FILE.safetensors", help="write weights and settings to this file, and test nothing")
@@ -148,7 +148,7 @@ def test_run(args: argparse.Namespace, path: str, out: str | None, runtime: Runt
 @dataclass
 class Tested:
     trained: TrainedNetwork
-    model: ReSpike
+    model: Network
     result: dict  # for evaluation.json
     labels: Tensor  # int64 [videos]; -1: could not be read
     probabilities: Tensor  # float64 [videos, classes]
@@ -187,8 +187,8 @@ def test_network(args: argparse.Namespace, trained: TrainedNetwork, runtime: Run
     classes, *tables = runtime.from_main(script.find_videos, *arguments)
     runtime.in_all(_check_classes, classes, trained)
     data = runtime.in_all(script.load_data, flags, *tables, runtime, None)
-    model = runtime.in_all(ReSpike.from_trained, trained, flags.lif_backend)
-    model = model.to(runtime.device, memory_format=torch.channels_last)
+    model = runtime.in_all(network_of, trained, flags.lif_backend)
+    model = model.to(runtime.device, memory_format=model.memory_format)
     videos = data.test_loader.videos
     scores = VideoScores(len(videos), runtime.device)
     meter = SpikeMeter(model) if args.energy else None

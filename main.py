@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dataset.clips import VideoTable
-from dataset.demo import DemoSettings, generate_demo
+from dataset.demo import DEMOS, generate_demo
 from dataset.frame_sampling import SegmentSampling
 from dataset.index import VideoIndex
 from dataset.readable import readable_videos
@@ -85,9 +85,8 @@ def find_videos(config: Config) -> tuple[list[str], VideoTable, VideoTable]:
     """(classes, videos to train on, videos to test on)"""
     data_path, annotation_path = config.data_path, config.annotation_path
     with naming("data_path, annotation_path"):
-        if config.dset in ("demo", "demo_orders"):
-            settings = DemoSettings(kind="motion" if config.dset == "demo" else "colour_orders")
-            data_path, annotation_path = generate_demo(Path(data_path), settings, workers=cpu_count())
+        if config.dset in DEMOS:
+            data_path, annotation_path = generate_demo(Path(data_path), DEMOS[config.dset], workers=cpu_count())
         split = READERS[config.dset](data_path, annotation_path, config.split)
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     index = VideoIndex(Path(cache) / "respike" / f"{config.dset}.json")

@@ -30,7 +30,7 @@ from dataset.live import LiveFrame, SourceError, frames_of
 from dataset.residual import key_residual_split, normalised
 from dataset.splits import VIDEO_SUFFIXES, VideoRecord
 from dataset.transforms import CROP_POSITIONS, eval_short_side, eval_transforms
-from models import ReSpike
+from models import Network, ReSpike, load_network
 from models.neurons import BACKENDS, runs_on_triton
 from models.streaming import StreamState, start_segment, step
 from utils.annotate import VideoWriter, draw
@@ -84,15 +84,20 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> int:
     args = parse_args()
-    model = ReSpike.from_checkpoint(args.checkpoint, args.lif_backend)
+    model = load_network(args.checkpoint, args.lif_backend)
     trained = model.trained
+    if (args.stream or args.save) and not isinstance(model, ReSpike):
+        raise UserError(
+            f"--{'stream' if args.stream else 'save'}: predicts frame by frame; a {trained.network} "
+            f"({trained.settings['backbone']}) needs all {trained.frames} frames of a clip; leave the flag out"
+        )
     device = choose_device(args.device)
     runtime = Runtime(
         device, choose_precision(device, trained.flags.get("amp", True) if args.amp is None else args.amp)
     )
     runs_on_triton(args.lif_backend, torch.empty(0, device=device))  # refused if it cannot
     choose_algorithms(deterministic=False)
-    model.to(device, memory_format=torch.channels_last)
+    model.to(device, memory_format=model.memory_format)
     if args.stream is not None:
         return stream(model, runtime, args.stream, args.realtime, args.timeout, args.json)
 
@@ -184,7 +189,7 @@ class Clips:
 
 
 def predict(
-    model: ReSpike, runtime: Runtime, paths: list[str], infos: dict[str, VideoInfo], clips: Clips, batch_size: int,
+    model: Network, runtime: Runtime, paths: list[str], infos: dict[str, VideoInfo], clips: Clips, batch_size: int,
     failures: Failures,
 ) -> Iterator[tuple[str, Tensor]]:  # fmt: skip
     """(path, probabilities [classes]) of each video: the softmax of its clips, averaged over views and crops."""

@@ -25,14 +25,15 @@ from dataset.clips import (
     in_checkpoint_order,
     random_clips,
 )
-from dataset.demo import DemoSettings, generate_demo
+from dataset.demo import DEMOS, generate_demo
 from dataset.device_loader import DeviceLoader, LoaderMaker
 from dataset.frame_sampling import SAMPLINGS
 from dataset.index import VideoIndex
 from dataset.readable import readable_videos
 from dataset.splits import Split, read_hmdb51, read_ucf101
 from dataset.transforms import eval_short_side, eval_transforms, resized_crop
-from models import ReSpike
+from models import FramesResNet, ReSpike, VideoResNet
+from models.baselines import VIDEO_BACKBONES
 from models.batch_norm import synchronise_batch_norm
 from models.initial_weights import initialise
 from utils.checkpoint import Checkpoint
@@ -49,7 +50,7 @@ from utils.training.flags import add_shared_flags, begin_run, check_epoch, defau
 # ---- hyper-parameters: edit them here, or give the flag of the same name. --help explains each. -------
 DEFAULTS = dict(
     # data
-    dset="hmdb51",  # hmdb51, ucf101 or demo
+    dset="hmdb51",  # hmdb51, ucf101, demo or demo-binding
     data_root=None,  # folder of the class folders; None: DATA_SETS below
     annotation_path=None,  # folder of the split files; None: DATA_SETS below
     split=1,  # official split, 1 to 3
@@ -69,13 +70,13 @@ DEFAULTS = dict(
     strict=False,  # stop at a video that cannot be read
     verify="quick",  # first look at a video file; "full" decodes every file
     # network
-    model="resnet18",  # resnet18, 34, 50, 101 or 152
+    model="resnet18",  # resnet18, 34, 50, 101 or 152; to compare with: r3d_18, mc3_18, r2plus1d_18
     weights="default",  # ImageNet weights of torchvision; "none", or the path of a state dict
     init=None,  # start from the weights of another run: its checkpoint
     freeze=None,  # "ann": the ANN branch stays as it is
     downsample=False,  # fuse at all four stages, the first two at reduced size; else at stages 2 to 4
-    branches="both",  # or "ann", "snn"
-    fusion="cross",  # cross-attention; or "lean", "concat"
+    branches="both",  # or "ann", "snn"; "frames": the ResNet alone on every frame, to compare with
+    fusion="cross",  # cross-attention; or "film", "lean", "concat"
     snn_bn="per-step",  # batch norm statistics of each time step; or "merged"
     neuron="lif",  # a name in models/neurons.py
     tau=4 / 3,  # membrane time constant, in time steps
@@ -126,6 +127,8 @@ DATA_SETS = {
     "ucf101": DataSet(read_ucf101, "data/ucf101/UCF-101", "data/ucf101/ucfTrainTestlist"),
     # A flip would swap the demo's left and right; its shapes are small already.
     "demo": DataSet(read_hmdb51, "data/demo", None, flip=False, crop_area=(0.6, 1.0)),
+    # Whole frames: a crop could lose one of the halves.
+    "demo-binding": DataSet(read_hmdb51, "data/demo-binding", None, flip=False, crop_area=(1.0, 1.0)),
 }
 PUBLISHED_CLIP_STEP = 16  # frames between the windows of --clips-per-video all
 
@@ -141,8 +144,8 @@ def parse_args() -> argparse.Namespace:
         "window 16 frames apart (as published)")  # fmt: skip
     add_shared_flags(parser)
     args = parse(parser, DEFAULTS)
-    if args.dset == "demo" and args.annotation_path is not None:
-        raise UserError("--annotation-path: the demo makes its own split files, under --data-root")
+    if args.dset in DEMOS and args.annotation_path is not None:
+        raise UserError("--annotation-path: a demo makes its own split files, under --data-root")
     if args.clips_per_video == "all" and args.sampling != "window":
         raise UserError("--clips-per-video all: every window of a video; it goes with --sampling window")
     args.run_dir = args.run_dir or default_run_dir(args, f"{args.dset}-split{args.split}")
@@ -197,10 +200,10 @@ def find_videos(args: argparse.Namespace, run: RunFolder) -> tuple[list[str], Vi
     data_set = DATA_SETS[args.dset]
     data_root = args.data_root or data_set.data_root
     annotation_path = args.annotation_path or data_set.annotation_path
-    if args.dset == "demo" and args.test_only:
+    if args.dset in DEMOS and args.test_only:
         data_root, annotation_path = Path(data_root) / "videos", Path(data_root) / "splits"
-    elif args.dset == "demo":
-        data_root, annotation_path = generate_demo(Path(data_root), DemoSettings(), workers=cpu_count())
+    elif args.dset in DEMOS:
+        data_root, annotation_path = generate_demo(Path(data_root), DEMOS[args.dset], workers=cpu_count())
     split = data_set.read(data_root, annotation_path, args.split)
     if args.test_only:
         split = replace(split, train=[])
@@ -259,20 +262,26 @@ def build(
     args: argparse.Namespace, classes: list[str], data: Data, runtime: Runtime, checkpoint: Checkpoint | None
 ) -> TrainingState:
     """The network on the device and its optimizer, as new or as the checkpoint holds them."""
-    network = dict(
-        backbone=args.model, num_classes=len(classes), stride=args.stride, downsample=args.downsample,
-        branches=args.branches, fusion=args.fusion, snn_batch_norm=args.snn_bn,
-    )  # fmt: skip
-    settings = network | dict(
-        classes=classes, T=args.time, residual=args.residual, neuron=args.neuron, tau=args.tau,
-        surrogate=args.surrogate, alpha=args.alpha,
-    )  # fmt: skip
     starts = checkpoint is None and runtime.is_main  # other ranks take the weights of rank 0
-    model = ReSpike(
-        **network, neuron=neuron_parameters(args), neuron_type=args.neuron,
-        weights=args.weights if starts and args.init is None else None,
-        lif_backend=args.lif_backend, pack_spikes=args.pack_spikes,
-    )  # fmt: skip
+    weights = args.weights if starts and args.init is None else None
+    network = dict(backbone=args.model, num_classes=len(classes))
+    if args.model in VIDEO_BACKBONES:
+        model = VideoResNet(**network, weights=weights)
+    elif args.branches == "frames":
+        model = FramesResNet(**network, weights=weights, lif_backend=args.lif_backend)
+    else:
+        network |= dict(
+            stride=args.stride, downsample=args.downsample, branches=args.branches, fusion=args.fusion,
+            snn_batch_norm=args.snn_bn,
+        )  # fmt: skip
+        model = ReSpike(
+            **network, neuron=neuron_parameters(args), neuron_type=args.neuron, weights=weights,
+            lif_backend=args.lif_backend, pack_spikes=args.pack_spikes,
+        )  # fmt: skip
+        network |= dict(neuron=args.neuron, tau=args.tau, surrogate=args.surrogate, alpha=args.alpha)
+    settings = network | dict(
+        network=type(model).__name__, classes=classes, T=args.time, stride=args.stride, residual=args.residual
+    )
     if checkpoint is not None and args.init is not None:
         print(f"note: --init is not used: the run continues from {checkpoint.path}")
     if starts and args.init is not None:
@@ -281,7 +290,7 @@ def build(
         model.freeze_ann()
     if args.sync_bn and runtime.count > 1:
         synchronise_batch_norm(model)
-    model = model.to(runtime.device, memory_format=torch.channels_last)
+    model = model.to(runtime.device, memory_format=model.memory_format)
     print(f"network: {sum(p.numel() for p in model.parameters()):,} parameters, {len(classes)} classes")
     # float16 needs its gradients scaled; --amp chooses it on GPUs that have no bfloat16. The first steps overflow, and
     # fused SGD would then keep a momentum that nobody has written.

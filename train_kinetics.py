@@ -23,7 +23,8 @@ from dataset.label_map import read_label_map
 from dataset.lists import VideoList, read_lists
 from dataset.readable import readable_videos
 from dataset.transforms import eval_short_side, eval_transforms, multi_scale_crop
-from models import ReSpike
+from models import FramesResNet, ReSpike, VideoResNet
+from models.baselines import VIDEO_BACKBONES
 from models.batch_norm import synchronise_batch_norm
 from models.initial_weights import initialise
 from utils.checkpoint import Checkpoint
@@ -70,13 +71,13 @@ DEFAULTS = dict(
     strict=False,  # stop at a video that cannot be read
     verify="quick",  # first look at a video file; "full" decodes every file
     # network
-    model="resnet18",  # resnet18, 34, 50, 101 or 152
+    model="resnet18",  # resnet18, 34, 50, 101 or 152; to compare with: r3d_18, mc3_18, r2plus1d_18
     weights="default",  # ImageNet weights of torchvision; "none", or the path of a state dict
     init=None,  # start from the weights of another run: its checkpoint
     freeze=None,  # "ann": the ANN branch stays as it is
     downsample=False,  # fuse at all four stages, the first two at reduced size; else at stages 2 to 4
-    branches="both",  # or "ann", "snn"
-    fusion="cross",  # cross-attention; or "lean", "concat"
+    branches="both",  # or "ann", "snn"; "frames": the ResNet alone on every frame, to compare with
+    fusion="cross",  # cross-attention; or "film", "lean", "concat"
     snn_bn="per-step",  # batch norm statistics of each time step; or "merged"
     neuron="lif",  # a name in models/neurons.py
     tau=4 / 3,  # membrane time constant, in time steps
@@ -260,20 +261,26 @@ def build(
     args: argparse.Namespace, classes: list[str], data: Data, runtime: Runtime, checkpoint: Checkpoint | None
 ) -> TrainingState:
     """The network on the device and its optimizer, as new or as the checkpoint holds them."""
-    network = dict(
-        backbone=args.model, num_classes=len(classes), stride=args.stride, downsample=args.downsample,
-        branches=args.branches, fusion=args.fusion, snn_batch_norm=args.snn_bn,
-    )  # fmt: skip
-    settings = network | dict(
-        classes=classes, T=args.time, residual=args.residual, neuron=args.neuron, tau=args.tau,
-        surrogate=args.surrogate, alpha=args.alpha,
-    )  # fmt: skip
     starts = checkpoint is None and runtime.is_main  # other ranks take the weights of rank 0
-    model = ReSpike(
-        **network, neuron=neuron_parameters(args), neuron_type=args.neuron,
-        weights=args.weights if starts and args.init is None else None,
-        lif_backend=args.lif_backend, pack_spikes=args.pack_spikes,
-    )  # fmt: skip
+    weights = args.weights if starts and args.init is None else None
+    network = dict(backbone=args.model, num_classes=len(classes))
+    if args.model in VIDEO_BACKBONES:
+        model = VideoResNet(**network, weights=weights)
+    elif args.branches == "frames":
+        model = FramesResNet(**network, weights=weights, lif_backend=args.lif_backend)
+    else:
+        network |= dict(
+            stride=args.stride, downsample=args.downsample, branches=args.branches, fusion=args.fusion,
+            snn_batch_norm=args.snn_bn,
+        )  # fmt: skip
+        model = ReSpike(
+            **network, neuron=neuron_parameters(args), neuron_type=args.neuron, weights=weights,
+            lif_backend=args.lif_backend, pack_spikes=args.pack_spikes,
+        )  # fmt: skip
+        network |= dict(neuron=args.neuron, tau=args.tau, surrogate=args.surrogate, alpha=args.alpha)
+    settings = network | dict(
+        network=type(model).__name__, classes=classes, T=args.time, stride=args.stride, residual=args.residual
+    )
     if checkpoint is not None and args.init is not None:
         print(f"note: --init is not used: the run continues from {checkpoint.path}")
     if starts and args.init is not None:
@@ -282,7 +289,7 @@ def build(
         model.freeze_ann()
     if args.sync_bn and runtime.count > 1:
         synchronise_batch_norm(model)
-    model = model.to(runtime.device, memory_format=torch.channels_last)
+    model = model.to(runtime.device, memory_format=model.memory_format)
     print(f"network: {sum(p.numel() for p in model.parameters()):,} parameters, {len(classes)} classes")
     # float16 needs its gradients scaled; --amp chooses it on GPUs that have no bfloat16. The first steps overflow, and
     # fused SGD would then keep a momentum that nobody has written.

@@ -1,4 +1,5 @@
-"""Generated data sets: eight classes of motion that no single frame tells, or six orders of colours.
+"""Generated data sets: eight classes of motion that no single frame tells, a question that takes both branches, or six
+orders of colours.
 
 Motion: six textured shapes, brighter than their textured ground, move left, right, up or down, turn clockwise or
 counter-clockwise, grow or shrink. Everything else is drawn independently of the class and stays so in every frame:
@@ -6,11 +7,13 @@ places lie on a torus, angles on a circle, and the logarithm of the size on an i
 shape that has become largest goes on as smallest. A single frame therefore has the same distribution under every
 class. A horizontal flip would swap classes.
 
+Binding: how does the blob on the vertical stripes move? See dataset/demo_binding.py.
+
 Orders of colours: three tints of the ground follow each other, each for some frames; the class is their order. It is
 for heads on the features of a frozen CNN: even a random one tells tints apart, and the last frame alone leaves two
 orders to choose from.
 
-Written as MPEG-4 in AVI, in HMDB-51's layout, by PyAV.
+Written in AVI, in HMDB-51's layout, by PyAV.
 """
 
 import itertools
@@ -19,6 +22,7 @@ import math
 import multiprocessing
 import os
 import shutil
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from fractions import Fraction
@@ -27,6 +31,7 @@ from pathlib import Path
 import av
 import numpy
 
+from dataset import demo_binding
 from utils.errors import UserError
 from utils.progress import Progress
 from utils.signals import leave_signals_to_the_main_process
@@ -54,11 +59,11 @@ class DemoSettings:
     shapes: int = 6
     seed: int = 0
     version: int = 2  # of the code below
-    kind: str = "motion"  # or "colour_orders"
+    kind: str = "motion"  # a key of _KINDS
 
     @property
     def classes(self) -> tuple[str, ...]:
-        return CLASSES if self.kind == "motion" else COLOUR_ORDERS
+        return _KINDS[self.kind].classes
 
 
 def generate_demo(root: Path, settings: DemoSettings, workers: int) -> tuple[Path, Path]:
@@ -123,15 +128,18 @@ def _write_task(task: tuple) -> None:
     path, label, part, number, settings = task
     # The test videos' numbers are drawn from other seeds than the training videos'.
     seed = numpy.random.SeedSequence([settings.seed, _PARTS[part], label, number])
-    draw = draw_video if settings.kind == "motion" else draw_colour_order
-    write_video(path, draw(settings.classes[label], numpy.random.default_rng(seed), settings))
+    kind = _KINDS[settings.kind]
+    frames = kind.draw(settings.classes[label], numpy.random.default_rng(seed), settings)
+    write_video(path, frames, lossless=kind.lossless)
 
 
-def write_video(path: Path, frames: numpy.ndarray, fps: int = 30) -> None:
-    """uint8 RGB [T, H, W, 3] to an MPEG-4 .avi, at a bit rate that leaves no trace of the motion in a frame."""
+def write_video(path: Path, frames: numpy.ndarray, fps: int = 30, lossless: bool = False) -> None:
+    """uint8 RGB [T, H, W, 3] to an .avi: MPEG-4 at a bit rate that leaves no trace of the motion in a frame, or FFV1,
+    which gives every pixel back as it was."""
+    codec, pixels = ("ffv1", "bgr0") if lossless else ("mpeg4", "yuv420p")
     with av.open(str(path), "w", format="avi") as container:
-        stream = container.add_stream("mpeg4", rate=Fraction(fps))
-        stream.width, stream.height, stream.pix_fmt = frames.shape[2], frames.shape[1], "yuv420p"
+        stream = container.add_stream(codec, rate=Fraction(fps))
+        stream.width, stream.height, stream.pix_fmt = frames.shape[2], frames.shape[1], pixels
         stream.codec_context.gop_size = 12
         stream.codec_context.bit_rate = 8_000_000
         stream.codec_context.thread_count = 1
@@ -189,6 +197,11 @@ def draw_colour_order(name: str, generator: numpy.random.Generator, settings: De
     return numpy.stack(video).round().clip(0, 255).astype(numpy.uint8)
 
 
+def draw_binding(name: str, generator: numpy.random.Generator, settings: DemoSettings) -> numpy.ndarray:
+    """One video of a class of dataset/demo_binding.py: uint8 RGB [frames, side, side, 3]."""
+    return demo_binding.render(demo_binding.draw_scene(name, generator), settings.frames, settings.side_pixels)
+
+
 def _pose(name: str, shape: dict, time: int) -> tuple[numpy.ndarray, float, float]:
     """Place, angle and size of a shape at a frame; x to the right, y down, angles clockwise on the screen."""
     right, down, turn, growth = _MOTIONS[name]
@@ -233,3 +246,24 @@ def _bilinear(image: numpy.ndarray, row: numpy.ndarray, column: numpy.ndarray) -
     top = image[r, c] * (1 - fc) + image[r, c + 1] * fc
     bottom = image[r + 1, c] * (1 - fc) + image[r + 1, c + 1] * fc
     return top * (1 - fr) + bottom * fr
+
+
+@dataclass(frozen=True)
+class _Kind:
+    classes: tuple[str, ...]
+    draw: Callable[[str, numpy.random.Generator, DemoSettings], numpy.ndarray]
+    lossless: bool = False
+
+
+_KINDS = {
+    "motion": _Kind(CLASSES, draw_video),
+    "binding": _Kind(tuple(demo_binding.MOTIONS), draw_binding, lossless=True),
+    "colour_orders": _Kind(COLOUR_ORDERS, draw_colour_order),
+}
+# Name of a data set -> its settings.
+DEMOS = {
+    "demo": DemoSettings(),
+    # 64 pixels: trained at this size, its frames are not scaled.
+    "demo-binding": DemoSettings(300, 75, side_pixels=64, kind="binding", version=1),
+    "demo_orders": DemoSettings(kind="colour_orders"),
+}

@@ -35,7 +35,7 @@ from torchvision.transforms.v2 import functional as F
 
 from dataset.container import VideoError, open_video, reason, video_stream
 from dataset.decode import every_frame
-from dataset.demo import DemoSettings, copy_lists, generate_demo
+from dataset.demo import DEMOS, copy_lists, generate_demo
 from dataset.index import probe
 from dataset.jpeg_video import marked
 from dataset.label_map import read_label_map
@@ -49,7 +49,10 @@ from utils.progress import Progress
 from utils.script import run_script
 
 # Where the data sets are, as in the training scripts; the flags of these names override.
-DATA_ROOT = {"hmdb51": "data/hmdb51/videos", "ucf101": "data/ucf101/UCF-101", "demo": "data/demo"}
+DATA_ROOT = {
+    "hmdb51": "data/hmdb51/videos", "ucf101": "data/ucf101/UCF-101", "demo": "data/demo",
+    "demo-binding": "data/demo-binding",
+}  # fmt: skip
 ANNOTATION_PATH = {"hmdb51": "data/hmdb51/splits", "ucf101": "data/ucf101/ucfTrainTestlist"}
 TRAIN_LIST = {"kinetics400": "data/kinetics400/kinetics400_train_list_videos.txt"}
 VAL_LIST = {"kinetics400": "data/kinetics400/kinetics400_val_list_videos.txt"}
@@ -97,7 +100,7 @@ def parse_args() -> argparse.Namespace:
     parser = ArgumentParser(description="Convert a data set once into files whose frames are read one by one.")
     # fmt: off
     add = parser.add_argument_group("which videos: the flags of the training scripts").add_argument
-    add("--dset", required=True, choices=("hmdb51", "ucf101", "demo", "kinetics400", "list"), help="data set")
+    add("--dset", required=True, choices=(*DATA_ROOT, "kinetics400", "list"), help="data set")
     add("--data-root", help="folder with the videos; for lists, the folder that their paths start from")
     add("--annotation-path", help="folder with the official split files")
     add("--split", type=int, choices=SPLITS, help="the videos of one split alone; default: of every split")
@@ -136,7 +139,7 @@ def main() -> int:
     settings = Settings(args.short_side, args.quality, args.limit_fps)
     out = Path(args.out)
     videos, missing, source = find_videos(args)
-    videos_out = out / "videos" if args.dset == "demo" else out
+    videos_out = out / "videos" if args.dset in DEMOS else out
     targets = targets_of(videos, videos_out)
     print(f"prepare: {len(targets)} videos, {len(missing)} listed videos are not on disk", flush=True)
     if args.dry_run:
@@ -145,7 +148,7 @@ def main() -> int:
     with locked(out):
         manifest = Manifest(out, settings, source)
         prepare(targets, missing, manifest, args.jobs, args.strict, args.verify == "full")
-        if args.dset == "demo":
+        if args.dset in DEMOS:
             copy_lists(Path(source["data_root"]), out)
     return 0
 
@@ -167,8 +170,8 @@ def find_videos(args: argparse.Namespace) -> tuple[list[Found], list[str], dict]
             raise UserError(f"--{flag.replace('_', '-')}: --dset {args.dset} has no lists; give --data-root")
     root = args.data_root or DATA_ROOT[args.dset]
     source = {"dset": args.dset, "data_root": root, "split": args.split}
-    if args.dset == "demo":
-        videos, splits = generate_demo(Path(root), DemoSettings(), args.jobs)
+    if args.dset in DEMOS:
+        videos, splits = generate_demo(Path(root), DEMOS[args.dset], args.jobs)
         paths, missing = listed_videos("hmdb51", videos, splits, [1])
         return [Found(path, str(videos)) for path in paths], missing, source
     annotations = args.annotation_path or ANNOTATION_PATH[args.dset]

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from models.network import Network
 from models.published_weights import rename_published_state_dict
 from models.resnet import read_state_dict
 from models.respike import ReSpike
@@ -13,7 +14,7 @@ from utils.trained import load_trained
 _SHAPING = {"backbone": "model", "branches": "branches", "fusion": "fusion", "downsample": "downsample"}  # -> flag
 
 
-def initialise(model: ReSpike, settings: dict, path: Path) -> str:
+def initialise(model: Network, settings: dict, path: Path) -> str:
     """Fill `model` with the weights of another run. Returns a line that reports what was taken.
 
     settings: of the network, as the checkpoints of this run will hold them.
@@ -26,16 +27,21 @@ def initialise(model: ReSpike, settings: dict, path: Path) -> str:
         trained = load_trained(path)
     except UserError as refusal:
         try:
+            if not isinstance(model, ReSpike):
+                raise refusal
             published = read_state_dict(path)
         except UserError:
             raise UserError(str(refusal), about="init") from refusal
         about = "weights of the published code"
         weights, same_classes = _from_published(model, published, path)
     else:
+        if trained.network != settings["network"]:
+            raise UserError(f"{path}: holds a {trained.network}, this run trains a {settings['network']}", about="init")
         for name, flag in _SHAPING.items():
-            if trained.settings[name] != settings[name]:
+            if trained.settings.get(name) != settings.get(name):
                 raise UserError(
-                    f"{path}: its --{flag} is {trained.settings[name]}, this run has {settings[name]}", about="init"
+                    f"{path}: its --{flag} is {trained.settings.get(name)}, this run has {settings.get(name)}",
+                    about="init",
                 )
         changed = [
             f"{name} {trained.settings.get(name)} there, {settings[name]} here" for name in settings

@@ -75,12 +75,12 @@ class ResNetStages(nn.Module):
 
 
 def load_weights(resnet: nn.Module, backbone: str, weights: str | None) -> None:
-    """Fill a torchvision ResNet in place.
+    """Fill a ResNet of torchvision, for images or for videos, in place.
 
     weights: None or "none" leaves the random initialisation; "default" takes torchvision's best
-    ImageNet weights, a name such as "IMAGENET1K_V1" that entry of torchvision's list (both are
-    downloaded once into torch.hub's cache); anything else is the path of a state dict. Raises
-    UserError if the weights cannot be downloaded or read, or do not fit.
+    weights (for ImageNet; for Kinetics-400 if it is a video network), a name such as "IMAGENET1K_V1"
+    that entry of torchvision's list (both are downloaded once into torch.hub's cache); anything else is the
+    path of a state dict. Raises UserError if the weights cannot be downloaded or read, or do not fit.
     """
     if weights is None or weights == "none":
         return
@@ -91,7 +91,7 @@ def load_weights(resnet: nn.Module, backbone: str, weights: str | None) -> None:
             state_dict = entry.get_state_dict(progress=True, check_hash=True)
         except (URLError, OSError, RuntimeError) as error:
             raise UserError(
-                f"{weights}: the ImageNet weights of {backbone} could not be downloaded ({error}); "
+                f"{weights}: the weights of {backbone} could not be downloaded ({error}); "
                 f"fetch {entry.url} elsewhere and give its path, or none to start from random weights",
                 about="weights",
             ) from error

@@ -1,24 +1,23 @@
 """ReSpike: key frames into a ResNet, residual frames into a spiking ResNet, fused stage by stage."""
 
 import functools
-import os
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from models.attention import CrossAttentionFusion, LeanFusion
 from models.batch_norm import BATCH_NORMS, StepBatchNorm2d
+from models.film import FilmFusion
 from models.kernels.parameters import LIFParameters
+from models.network import Network
 from models.neurons import BACKENDS, LIF, NEURONS
 from models.published_weights import rename_published_state_dict
 from models.resnet import ResNetStages
 from models.spiking_resnet import SpikingResNetStages
 from utils.errors import UserError
-from utils.trained import TrainedNetwork, load_trained
 
 BRANCHES = ("both", "ann", "snn")
-FUSIONS = ("cross", "lean", "concat")
+FUSIONS = ("cross", "film", "lean", "concat")
 SETTINGS = (
     "backbone",
     "num_classes",
@@ -32,7 +31,7 @@ SIZE_MULTIPLE = 32  # pixels: five halvings
 DOWNSAMPLE_POOLS = (4, 2, 1, 1)  # --downsample: how far each stage is pooled before it is fused
 
 
-class ReSpike(nn.Module):
+class ReSpike(Network):
     """Residual-frame hybrid network for action recognition (arXiv 2409.01564).
 
     forward: key [B, K, 3, H, W] and residual [B, K, stride-1, 3, H, W], both normalised, as
@@ -45,8 +44,8 @@ class ReSpike(nn.Module):
     downsample: fuse at all four stages, the first two pooled by 4 and 2; else at stages 2, 3 and 4 at full size.
     weights: ImageNet weights of the ANN branch (`models.resnet.load_weights`).
     branches: "both", or "ann" or "snn" for that branch alone.
-    fusion: "cross" (as published), "lean" at a small part of its cost, or "concat" to join the branches at the head
-        only.
+    fusion: "cross" (attention, as published), "film" (gain and shift by place), "lean" (attention at a small part of
+        its cost), or "concat" to join the branches at the head only.
     snn_batch_norm: "per-step" (as published) or "merged".
     neuron: the equations of the spiking neurons.
     neuron_type: their class, a name in `models.neurons.NEURONS`.
@@ -101,40 +100,23 @@ class ReSpike(nn.Module):
             )
         self.fusions = nn.ModuleList([None] * 4)
         if branches == "both" and fusion != "concat":
-            block = LeanFusion if fusion == "lean" else CrossAttentionFusion
-            pools = DOWNSAMPLE_POOLS if downsample else (1, 1, 1, 1)
             for stage in range(0 if downsample else 1, 4):
-                self.fusions[stage] = block(self.snn.channels[stage], self.ann.channels[stage], pools[stage])
+                channels = self.snn.channels[stage], self.ann.channels[stage]
+                if fusion == "film":
+                    self.fusions[stage] = FilmFusion(*channels)
+                else:
+                    block = LeanFusion if fusion == "lean" else CrossAttentionFusion
+                    self.fusions[stage] = block(*channels, DOWNSAMPLE_POOLS[stage] if downsample else 1)
         width = sum(branch.channels[-1] for branch in (self.ann, self.snn) if branch is not None)
         self.head = nn.Linear(width, num_classes)
-        self.trained: TrainedNetwork | None = None  # how, if the network comes from a checkpoint
         self._frozen = False
 
     @classmethod
-    def from_checkpoint(cls, path: str | os.PathLike, lif_backend: str = "auto") -> "ReSpike":
-        """The network of a checkpoint or of a file that `evaluate.py --export` wrote, on the CPU and in eval mode.
-
-        Its attribute `trained` has the class names, T, stride, size, sampling and every flag of the training script.
-        Raises UserError if the file is absent, damaged or of another network.
-        """
-        return cls.from_trained(load_trained(Path(path)), lif_backend)
-
-    @classmethod
-    def from_trained(cls, trained: TrainedNetwork, lif_backend: str = "auto") -> "ReSpike":
-        settings = trained.settings
-        try:
-            model = cls(
-                **{name: settings[name] for name in SETTINGS}, neuron_type=settings["neuron"], lif_backend=lif_backend,
-                neuron=LIFParameters(**{name: settings[name] for name in ("tau", "surrogate", "alpha")}),
-            )  # fmt: skip
-            model.load_state_dict(trained.weights)
-        except UserError:
-            raise
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            detail = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-            raise UserError(f"{trained.path}: not a whole network of this project ({detail})") from error
-        model.trained = trained
-        return model.eval()
+    def from_settings(cls, settings: dict, lif_backend: str) -> "ReSpike":
+        return cls(
+            **{name: settings[name] for name in SETTINGS}, neuron_type=settings["neuron"], lif_backend=lif_backend,
+            neuron=LIFParameters(**{name: settings[name] for name in ("tau", "surrogate", "alpha")}),
+        )  # fmt: skip
 
     def freeze_ann(self) -> None:
         """Training changes neither the weights nor the running statistics of the ANN branch."""

@@ -14,7 +14,9 @@ from utils.files import write_atomically
 
 FORMAT = 2
 # Checkpoints from before these were settings and flags were trained with them.
-EARLIER_SETTINGS = {"residual": "key", "neuron": "lif", "tau": 4 / 3, "surrogate": "atan", "alpha": 2.0}
+EARLIER_SETTINGS = {
+    "network": "ReSpike", "residual": "key", "neuron": "lif", "tau": 4 / 3, "surrogate": "atan", "alpha": 2.0,
+}  # fmt: skip
 EARLIER_FLAGS = {
     **EARLIER_SETTINGS, "momentum": 0.9, "sampling": "window", "crops": 1, "flip": None, "val_fraction": 0.0,
     "freeze": None,

@@ -27,7 +27,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.video import VideoResNet
 
-from models import ReSpike, attention
+from models import FramesResNet, Network, ReSpike, attention
 from models.attention import GEGLU, CrossAttentionFusion
 from models.batch_norm import FusedBatchNorm2d
 from models.neurons import LIF
@@ -111,7 +111,7 @@ class _Call:
 _KINDS = {
     F.conv1d: "convolution", F.conv2d: "convolution", F.conv3d: "convolution", F.linear: "linear",
     F.scaled_dot_product_attention: "attention", F.batch_norm: "batch_norm", F.layer_norm: "norm",
-    F.group_norm: "norm", F.avg_pool2d: "pool",
+    F.group_norm: "norm", F.avg_pool2d: "pool", torch.addcmul: "modulation",
 }  # fmt: skip
 
 
@@ -159,7 +159,7 @@ def _calls(model: nn.Module, clip_frames: int, size: int) -> list[_Call]:
             module.backend = "reference"  # kernels do not run on shapes alone
     dtype = next(model.parameters()).dtype
     frames = torch.empty(clip_frames, 3, size, size, dtype=dtype, device="meta")
-    if isinstance(model, ReSpike):
+    if isinstance(model, Network):
         segments = frames.view(1, -1, model.stride, *frames.shape[1:])  # [1, K, stride, 3, H, W]
         inputs = (segments[:, :, 0], segments[:, :, 1:])
     elif isinstance(model, VideoResNet):
@@ -206,12 +206,12 @@ def count_operations(model: nn.Module, clip_frames: int, size: int) -> dict[str,
 
 
 def _counts(model: nn.Module, calls: list[_Call]) -> dict[str, int]:
-    if isinstance(model, ReSpike):
+    if isinstance(model, ReSpike | FramesResNet):
         return _respike_counts(model, calls)
     counts = Counter()
     for call in calls:
         if call.macs:
-            first = call.module.partition(".")[0]
+            first = call.module.removeprefix("body.").partition(".")[0]
             counts["stem" if first == "conv1" else first.replace("layer", "stage")] += call.macs
     return {**counts, "total.macs": sum(counts.values())}
 
@@ -228,6 +228,8 @@ def _respike_counts(model: ReSpike, calls: list[_Call]) -> dict[str, int]:
             other["fusion_softmax_elements"] += call.operands[0][:-1].numel() * call.operands[1][-2]
         elif call.kind == "upsample":
             other["fusion_upsample_macs"] += 4 * call.out.numel()  # bilinear: four neighbours
+        elif call.kind == "modulation":  # a multiplication and an addition for each current (`models.film`)
+            parts[_part(f"{call.module}.modulation")] += call.out.numel()
         elif call.macs:
             parts[_part(call.module)] += call.macs
         elif call.kind == "batch_norm":
@@ -276,6 +278,7 @@ _OTHER = (
 )  # fmt: skip
 _ATTENTIONS = {"attend_self": "self", "attend_ann": "cross"}
 _PROJECTIONS = {"to_q": "q", "to_k": "kv", "to_v": "kv", "to_out": "out"}
+_FILM = {"to_gain": "gain", "to_shift": "shift", "modulation": "modulation"}
 
 
 def _part(module: str) -> str:
@@ -294,7 +297,7 @@ def _part(module: str) -> str:
         case ["fusions", stage, child, ("to_q" | "to_k" | "to_v" | "to_out" | "qk" | "av") as last]:
             return f"fusion.stage{int(stage) + 1}.{_ATTENTIONS.get(child, child)}_{_PROJECTIONS.get(last, last)}"
         case ["fusions", stage, child, *_]:
-            return f"fusion.stage{int(stage) + 1}.{child}"
+            return f"fusion.stage{int(stage) + 1}.{_FILM.get(child, child)}"
     return module
 
 
@@ -521,14 +524,16 @@ def energy_report(
         if row := _row(part):
             kind = {"neuron_updates": "mac+ac"}.get(row, "mac")
             parts.setdefault(row, {"operations": 0, "kind": kind, "mj": 0.0})["operations"] += count
-    parts["spiking_convs"] = {"operations": spikes["mean"], "kind": "ac", "mj": 0.0}
+    if spikes["layers"]:
+        parts["spiking_convs"] = {"operations": spikes["mean"], "kind": "ac", "mj": 0.0}
     parts = {row: parts[row] for row in sorted(parts, key=_place)}
     pj = {"mac": constants.mac_pj, "ac": constants.ac_pj, "mac+ac": constants.neuron_step_pj}
     for part in parts.values():
         part["mj"] = 1e-9 * part["operations"] * pj[part["kind"]]
     total = sum(part["mj"] for part in parts.values())
+    spiking_mj = parts["spiking_convs"]["mj"] if "spiking_convs" in parts else 0.0
     layers = spikes["layers"]
-    dense = counts["snn.spiking_convs.dense_existing"]
+    dense = counts.get("snn.spiking_convs.dense_existing", 0)
     report = {
         "note": NOTE,
         "constants": asdict(constants),
@@ -537,7 +542,7 @@ def energy_report(
             "clips": spikes["clips"], "accumulates_mean": spikes["mean"], "accumulates_std": spikes["std"],
             "accumulates": {name: layer["mean"] for name, layer in layers.items()},
             "firing_rates": {name: layer["rate"] for name, layer in layers.items()},
-            "mj": parts["spiking_convs"]["mj"],
+            "mj": spiking_mj,
             "rate_x_dense_mj": 1e-9 * constants.ac_pj * sum(row["rate"] * row["dense"] for row in layers.values()),
             "rate_x_dense_is": RATE_TIMES_DENSE,
         },
@@ -551,7 +556,7 @@ def energy_report(
         }  # fmt: skip
     if others is not None:
         report["baselines"] = others
-        rest, all_fire = total - parts["spiking_convs"]["mj"], 1e-9 * constants.ac_pj * dense
+        rest, all_fire = total - spiking_mj, 1e-9 * constants.ac_pj * dense
         rates = {name: (other["mj"] - rest) / (all_fire or math.nan) for name, other in others.items()}
         report["break_even_rate"] = {name: rate if 0 <= rate <= 1 else None for name, rate in rates.items()}
     return report
@@ -579,6 +584,8 @@ def _row(part: str) -> str | None:
         case ["snn", "lif_neuron_steps"]:
             return "neuron_updates"
         case ["fusion", stage, name]:
+            if name in _FILM.values():
+                return part
             if name.endswith(("_qk", "_av")):
                 return f"fusion.{stage}.attention"
             return f"fusion.{stage}.{'feed_forward' if name == 'feed_forward' else 'projections'}"
@@ -609,10 +616,11 @@ def baselines(
             network = torchvision.models.get_model(name, weights=None, num_classes=num_classes)
         calls = _calls(network, *clip)
         entries[key] = entry(_counts(network, calls)["total.macs"], _memory(network, calls))
-    calls = _calls(model, clip_frames, size)
-    counts = _counts(model, calls)
-    relu_macs = counts["total.macs"] + counts["snn.spiking_convs.dense"]
-    entries["respike_relu"] = entry(relu_macs, _memory(model, calls, spiking=False))
+    if model.snn is not None:
+        calls = _calls(model, clip_frames, size)
+        counts = _counts(model, calls)
+        relu_macs = counts["total.macs"] + counts["snn.spiking_convs.dense"]
+        entries["respike_relu"] = entry(relu_macs, _memory(model, calls, spiking=False))
     return entries
 
 

@@ -28,8 +28,9 @@ from dataset.frame_sampling import SAMPLINGS
 from dataset.index import probe
 from dataset.residual import IMAGENET_MEAN, IMAGENET_STD, key_residual_split
 from dataset.transforms import eval_short_side, eval_transforms
-from models import ReSpike
+from models import Network, load_network
 from models.attention import HEAD_WIDTH
+from models.film import FilmFusion
 from utils.errors import ArgumentParser, UserError
 from utils.figures import check_format, new_figure, save_figure
 from utils.files import writing
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 
 _CLIPS_SHOWN = 4
 _SEGMENTS_SHOWN = 2
+_FRAMES_SHOWN = 8  # of a network without residual frames
 _ROWS_SHOWN = 4  # key frames with their attention
 _NEURONS_SHOWN = 40  # of a layer, in the raster
 _BINS = 15  # of confidence
@@ -58,10 +60,12 @@ def key_residual_picture(key: Tensor, residual: Tensor) -> Tensor:
     key [B, K, 3, H, W], residual [B, K, S, 3, H, W]. Grey in a residual is no change, brighter and
     darker is what came and went.
     """
-    key, residual = key[:_CLIPS_SHOWN, :_SEGMENTS_SHOWN].float(), residual[:_CLIPS_SHOWN, :_SEGMENTS_SHOWN].float()
+    shown = _SEGMENTS_SHOWN if residual.shape[2] else _FRAMES_SHOWN
+    key, residual = key[:_CLIPS_SHOWN, :shown].float(), residual[:_CLIPS_SHOWN, :shown].float()
     low, high = key.amin(), key.amax()
     key = (key - low) / (high - low).clamp(min=1e-6)
-    residual = 0.5 + 0.5 * residual / residual.abs().amax().clamp(min=1e-6)
+    if residual.numel():
+        residual = 0.5 + 0.5 * residual / residual.abs().amax().clamp(min=1e-6)
     tiles = torch.cat([key[:, :, None], residual], dim=2)  # [B, K, 1+S, 3, H, W]
     return make_grid(tiles.flatten(0, 2).cpu(), nrow=tiles.shape[1] * tiles.shape[2], padding=1)
 
@@ -77,7 +81,13 @@ class Recording:
     residual: Tensor  # float32 [N, S, 3, H, W]
     logits: Tensor  # float32 [B, classes]
     spikes: dict[str, Tensor]  # LIF layer, "stage1.1" to "stage4.4" -> bool [S, N, C, H', W']
-    attention: dict[str, Tensor]  # fused stage -> float32 [N, S, Q, L], `attention_weights`
+    attention: dict[str, Tensor]  # stage fused by attention -> float32 [N, S, Q, L], `attention_weights`
+    modulation: dict[str, Tensor]  # stage fused by film -> float32 [N, h, w]: mean change of the currents at a place
+
+    @property
+    def fusion(self) -> str | None:
+        """What `fusion_maps` show: "attention" or "modulation"; None without a fusion."""
+        return "attention" if self.attention else "modulation" if self.modulation else None
 
     @property
     def key_frames(self) -> int:
@@ -88,11 +98,14 @@ class Recording:
         """[layers, S]: spikes of a layer at each time step over its neurons, clips and key frames."""
         return torch.stack([layer.float().flatten(1).mean(1) for layer in self.spikes.values()])
 
-    def attention_maps(self) -> dict[str, Tensor]:
-        """Fused stage -> [N, h, w]: how much of its attention the SNN gives to each token of the key frame, divided
-        by what even attention would give. An SNN token counts by the size of its input, the motion there."""
+    def fusion_maps(self) -> dict[str, Tensor]:
+        """Fused stage -> [N, h, w], divided by what it would be if it were even over the frame: how much of its
+        attention the SNN gives to each token of the key frame, or how much film changes the currents at each place.
+        For attention, an SNN token counts by the size of its input, the motion there."""
         moved = self.residual.abs().mean(2)  # [N, S, H, W]
-        maps = {}
+        maps = {
+            stage: change / (change.mean((1, 2), keepdim=True) + 1e-12) for stage, change in self.modulation.items()
+        }
         for stage, weights in self.attention.items():
             moved_here = F.adaptive_avg_pool2d(moved, _grid(weights.shape[2], self.key)).flatten(2)  # [N, S, Q]
             share = moved_here + 1e-12  # where nothing moves, all tokens count alike
@@ -118,15 +131,16 @@ def attention_weights(q: Tensor, k: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def record(model: ReSpike, key: Tensor, residual: Tensor) -> Recording:
-    """Run the network in eval mode on clips and keep its spikes and attention. It is left in the mode it was in.
+def record(model: Network, key: Tensor, residual: Tensor) -> Recording:
+    """Run the network in eval mode on clips and keep its spikes, and its attention or modulation. It is left in the
+    mode it was in.
 
-    key [B, K, 3, H, W], residual [B, K, S, 3, H, W], as for `ReSpike.forward`, on any device. Every LIF backend is
+    key [B, K, 3, H, W], residual [B, K, S, 3, H, W], as for `Network.forward`, on any device. Every LIF backend is
     recorded; a compiled network runs uncompiled.
     """
     device = next(model.parameters()).device
     key, residual = key.to(device), residual.to(device)
-    spikes, queries, keys, was_training = {}, {}, {}, model.training
+    spikes, queries, keys, modulation, was_training = {}, {}, {}, {}, model.training
     layers = {f"{stage}.{n}": layer for stage, group in model.lif_layers().items() for n, layer in enumerate(group, 1)}
     fusions = {f"stage{n}": fusion for n, fusion in enumerate(model.fusions, 1) if fusion is not None}
     with contextlib.ExitStack() as stack:
@@ -140,6 +154,13 @@ def record(model: ReSpike, key: Tensor, residual: Tensor) -> Recording:
             layer.counted = counted
             stack.callback(delattr, layer, "counted")
         for stage, fusion in fusions.items():
+            if isinstance(fusion, FilmFusion):
+
+                def changed(module, inputs, fused: Tensor, stage=stage) -> None:  # [S, N, C, h, w]
+                    modulation[stage] = (fused.float() - inputs[0].float()).abs().mean((0, 2)).cpu()
+
+                stack.callback(fusion.register_forward_hook(changed).remove)
+                continue
             for linear, found in ((fusion.attend_ann.to_q, queries), (fusion.attend_ann.to_k, keys)):
                 hook = linear.register_forward_hook(
                     lambda module, inputs, output, found=found, stage=stage: found.__setitem__(stage, output)
@@ -149,11 +170,12 @@ def record(model: ReSpike, key: Tensor, residual: Tensor) -> Recording:
         logits = model.eval()(key, residual)
     steps = residual.shape[2]
     attention = {
-        stage: attention_weights(queries[stage], keys[stage]).unflatten(1, (steps, -1)).cpu() for stage in fusions
+        stage: attention_weights(queries[stage], keys[stage]).unflatten(1, (steps, -1)).cpu() for stage in queries
     }
     return Recording(
-        key.flatten(0, 1).float().cpu(), residual.flatten(0, 1).float().cpu(), logits.float().cpu(), spikes, attention
-    )
+        key.flatten(0, 1).float().cpu(), residual.flatten(0, 1).float().cpu(), logits.float().cpu(), spikes,
+        attention, modulation,
+    )  # fmt: skip
 
 
 def firing_rate_figure(recording: Recording) -> Figure:
@@ -209,8 +231,9 @@ def raster_figure(recording: Recording, clip: int = 0) -> Figure:
     return figure
 
 
-def attention_figure(recording: Recording, rows: Iterable[int] | None = None, title: str = "") -> Figure:
-    """A row a key frame: the key frame, its residual frames, and where the SNN looks in it at each fused stage.
+def fusion_figure(recording: Recording, rows: Iterable[int] | None = None, title: str = "") -> Figure:
+    """A row a key frame: the key frame, its residual frames, and where the SNN looks in it, or where film changes its
+    currents, at each fused stage.
 
     rows: key frames, as they are numbered in the recording; None takes the first few.
     """
@@ -219,7 +242,7 @@ def attention_figure(recording: Recording, rows: Iterable[int] | None = None, ti
     key = (recording.key * deviation + mean).clamp(0, 1).movedim(1, -1).numpy()
     residual = recording.residual[rows]
     residual = (0.5 + 0.5 * residual / residual.abs().amax().clamp(min=1e-6)).movedim(2, -1).numpy()
-    maps = {stage: looked_at[rows] for stage, looked_at in recording.attention_maps().items()}
+    maps = {stage: looked_at[rows] for stage, looked_at in recording.fusion_maps().items()}
     reach = max([0.01, *(float((looked_at - 1).abs().max()) for looked_at in maps.values())])  # one scale for all
     steps = residual.shape[1]
     columns = 1 + steps + len(maps)
@@ -233,7 +256,7 @@ def attention_figure(recording: Recording, rows: Iterable[int] | None = None, ti
             whole = F.interpolate(looked_at[None, None, number], size=key.shape[1:3], mode="bilinear")[0, 0]
             panel.imshow(key[row].mean(-1), cmap="gray", vmin=0, vmax=1)
             image = panel.imshow(whole.numpy(), cmap="PuOr_r", vmin=1 - reach, vmax=1 + reach, alpha=0.7)
-    names = ["key frame", *(f"residual {n}" for n in range(1, steps + 1)), *(f"attention {s}" for s in maps)]
+    names = ["key frame", *(f"residual {n}" for n in range(1, steps + 1)), *(f"{recording.fusion} {s}" for s in maps)]
     for panel, name in zip(panels[0], names, strict=True):
         panel.set_title(name.replace(" stage", "\nstage "), fontsize=9)
     for panel in panels.flat:
@@ -241,7 +264,7 @@ def attention_figure(recording: Recording, rows: Iterable[int] | None = None, ti
     if title:
         figure.suptitle(title, fontsize=10)
     if maps:
-        figure.colorbar(image, ax=panels, label="attention (1: even)", aspect=30, fraction=0.02, pad=0.01)
+        figure.colorbar(image, ax=panels, label=f"{recording.fusion} (1: even)", aspect=30, fraction=0.02, pad=0.01)
     return figure
 
 
@@ -463,7 +486,7 @@ def energy_figure(runs: dict[str, dict]) -> Figure:
 # ---- the command line ---------------------------------------------------------------------------------
 
 
-def read_clip(model: ReSpike, video: Path) -> Tensor:
+def read_clip(model: Network, video: Path) -> Tensor:
     """uint8 [1, T, 3, H, W]: the middle clip of a video, as the checkpoint of `model` samples it. Raises UserError."""
     trained = model.trained
     frames = probe(video).frames
@@ -474,10 +497,11 @@ def read_clip(model: ReSpike, video: Path) -> Tensor:
 
 
 def draw_clip(checkpoint: Path, video: Path, out: Path) -> list[Path]:
-    """Write firing_rates.png, spikes.png and attention.png of one video into the folder `out`. Raises UserError."""
-    model = ReSpike.from_checkpoint(checkpoint)
+    """Write firing_rates.png, spikes.png and attention.png (or modulation.png) of one video into the folder `out`.
+    Raises UserError."""
+    model = load_network(checkpoint)
     if model.snn is None:
-        raise UserError(f"{checkpoint}: a network of the ANN branch alone; it has no spikes and no attention to draw")
+        raise UserError(f"{checkpoint}: a network without an SNN; it has no spikes and no fusion to draw")
     with writing(out, about="out"):
         out.mkdir(parents=True, exist_ok=True)
     trained = model.trained
@@ -485,8 +509,8 @@ def draw_clip(checkpoint: Path, video: Path, out: Path) -> list[Path]:
     probability, label = recording.logits[0].softmax(0).max(0)
     title = f"predicted: {trained.classes[label]} ({100 * probability:.0f} %)"
     figures = {"firing_rates": firing_rate_figure(recording), "spikes": raster_figure(recording)}
-    if recording.attention:
-        figures["attention"] = attention_figure(recording, title=title)
+    if recording.fusion:
+        figures[recording.fusion] = fusion_figure(recording, title=title)
     for name, figure in figures.items():
         save_figure(out / f"{name}.png", figure)
     return [out / f"{name}.png" for name in figures]

@@ -27,6 +27,11 @@ class TrainedNetwork:
     epochs: int  # that it was trained
 
     @property
+    def network(self) -> str:
+        """The class of the network: "ReSpike", or one of `models.baselines`."""
+        return self.settings.get("network", "ReSpike")
+
+    @property
     def classes(self) -> list[str]:
         return self.settings["classes"]
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 import dataset.prepare as prepare
 from dataset.decode import VideoError, decode_frames
-from dataset.demo import DemoSettings, generate_demo
+from dataset.demo import DEMOS, DemoSettings, generate_demo
 from dataset.index import probe
 from dataset.lists import VideoList, read_lists
 from dataset.prepare import Settings, convert, scaled_down
@@ -261,14 +261,15 @@ def test_what_cannot_be_decoded_is_no_fault_of_the_disk(tmp_path):
     assert os.listdir(tmp_path) == ["a.avi"]
 
 
-def test_the_demos_prepared_folder_is_a_demo_data_set(tiny_demo, tmp_path, monkeypatch, capfd):
-    settings = DemoSettings(train_videos_per_class=3, test_videos_per_class=1, frames=10, side_pixels=40)
-    monkeypatch.setattr(prepare, "DemoSettings", lambda: settings)
-    flags = {"--dset": "demo", "--data-root": tiny_demo[0].parent, "--out": tmp_path / "out"}
+@pytest.mark.parametrize("name, kind, videos", [("demo", "motion", (24, 8)), ("demo-binding", "binding", (12, 4))])
+def test_a_demos_prepared_folder_is_a_demo_data_set(tmp_path, monkeypatch, capfd, name, kind, videos):
+    settings = DemoSettings(train_videos_per_class=3, test_videos_per_class=1, frames=10, side_pixels=40, kind=kind)
+    monkeypatch.setitem(DEMOS, name, settings)
+    flags = {"--dset": name, "--data-root": tmp_path / "demo", "--out": tmp_path / "out"}
     for _ in range(2):  # the second start finds everything
         status, _, err = run_here(monkeypatch, capfd, flags, prepare)
         assert status == 0, err
     data_root, annotations = generate_demo(tmp_path / "out", settings, workers=1)
     split = read_hmdb51(data_root, annotations, 1)
-    assert (len(split.train), len(split.test), split.missing) == (24, 8, [])
+    assert (len(split.train), len(split.test), split.missing) == (*videos, [])
     assert all(record.path.endswith(".mov") for record in split.train + split.test)

@@ -5,8 +5,10 @@ import json
 import pytest
 
 import dataset.prepare
+import evaluate
 import train_fusion
 import train_kinetics
+from dataset.demo import DEMOS, DemoSettings
 from dataset.index import VideoIndex
 from tests.helpers.script import run_here
 
@@ -50,3 +52,18 @@ def test_prepare_train_test(monkeypatch, capfd, clips, splits, tmp_path, dset):
     status, _, err = run_here(monkeypatch, capfd, {**run, "--resume": "auto", "--test-only": None}, script)
     assert status == 0, err
     assert json.loads((tmp_path / "run" / "test.json").read_text())["counts"]["videos"] in (1, 2, 3)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_demo_is_generated_trained_on_and_tested_on(monkeypatch, capfd, tmp_path):
+    """The scripts know the demo of both branches by its name; what they read is what the checkpoint is tested on."""
+    monkeypatch.setitem(DEMOS, "demo-binding", DemoSettings(2, 1, frames=4, side_pixels=32, kind="binding"))
+    run = {**SMALL, "--dset": "demo-binding", "--data-root": tmp_path / "demo", "--run-dir": tmp_path / "run"}
+    status, printed, err = run_here(monkeypatch, capfd, {**run, "--index-dir": tmp_path / "index"})
+    assert status == 0 and "training on 8 clips of 8 videos; 4 to test" in printed, err
+    flags = {str(tmp_path / "run/best.pt"): None, "--index-dir": tmp_path / "index", "-j": 0}
+    status, printed, err = run_here(monkeypatch, capfd, flags, evaluate)
+    assert status == 0 and " of 4)" in printed, err
+    assert json.loads((tmp_path / "run/evaluation.json").read_text())["protocol"]["dset"] == "demo-binding"
+    status, _, err = run_here(monkeypatch, capfd, {**run, "--annotation-path": tmp_path, "--overwrite": None})
+    assert status == 2 and err.startswith("error: --annotation-path: a demo makes its own split files")

@@ -8,7 +8,7 @@ from utils.checkpoint import load_checkpoint
 from utils.energy import SpikeMeter, count_operations, energy_report, spike_statistics
 from utils.errors import OtherProcessError, UserError
 from utils.figures import as_image
-from utils.plots import attention_figure, firing_rate_figure, record
+from utils.plots import firing_rate_figure, fusion_figure, record
 from utils.run_folder import RunFolder
 from utils.signals import StopRequest
 from utils.training.engine import evaluate
@@ -115,6 +115,6 @@ def _draw_network(state: TrainingState, loader: DeviceLoader, run: RunFolder) ->
         recording = record(state.model, batch.key, batch.residual)
     if recording.spikes:
         run.add_picture("firing_rates", as_image(firing_rate_figure(recording)), state.position.epoch)
-    if recording.attention:
+    if recording.fusion:
         first_segments = range(0, len(recording.key), recording.key_frames)
-        run.add_picture("attention", as_image(attention_figure(recording, first_segments)), state.position.epoch)
+        run.add_picture(recording.fusion, as_image(fusion_figure(recording, first_segments)), state.position.epoch)

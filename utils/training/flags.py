@@ -16,6 +16,7 @@ from dataset.device_loader import DeviceLoader
 from dataset.frame_sampling import SAMPLINGS
 from dataset.residual import RESIDUALS, check_stride
 from dataset.transforms import CROP_POSITIONS
+from models.baselines import VIDEO_BACKBONES
 from models.batch_norm import BATCH_NORMS
 from models.kernels.parameters import LIFParameters
 from models.kernels.surrogates import SURROGATES
@@ -34,6 +35,12 @@ NOT_TRAINING_FLAGS = {
     "annotation_path", "train_list", "val_list", "train_root", "val_root", "checkpoint_minutes", "keep", "log_every",
     "test_only", "energy", "lif_backend", "pack_spikes", "cuda_graphs", "deterministic",
 }  # fmt: skip
+# Flags that have no part in the networks to compare with. Whoever gives one believes that it counts: it is refused.
+_OF_RESPIKE = (
+    "stride", "residual", "freeze", "downsample", "fusion", "snn_bn", "neuron", "tau", "surrogate", "alpha",
+    "pack_spikes",
+)  # fmt: skip
+_OF_RESNETS = ("branches", "lif_backend", "sync_bn")  # ReSpike's among them; torchvision's video networks have neither
 _YES_NO = argparse.BooleanOptionalAction
 
 
@@ -91,18 +98,23 @@ def add_shared_flags(parser: ArgumentParser) -> None:
         help="first look at a video file: quick counts its packets if they can be trusted; full decodes every file")
 
     add = parser.add_argument_group("network").add_argument
-    add("--model", choices=BACKBONES, help="backbone of the ANN branch")
+    add("--model", choices=(*BACKBONES, *VIDEO_BACKBONES),
+        help="backbone of the ANN branch; r3d_18, mc3_18 and r2plus1d_18 are video networks to compare with, on all T "
+        "frames as one clip")
     add("--weights", metavar="default|none|PATH",
-        help="backbone weights: of torchvision for ImageNet (or the name of one of them), random, or a state dict")
+        help="backbone weights: of torchvision for ImageNet, for Kinetics-400 if it is a video network (or the name of "
+        "one of them), random, or a state dict")
     add("--init", metavar="FILE",
         help="start from the weights of another run: a checkpoint, a .safetensors file, or one of the published code; "
         "the head is new if the classes differ")
     add("--freeze", choices=("ann",), help="keep the ANN branch as it is: neither weights nor statistics change")
     add("--downsample", action=_YES_NO,
         help="fuse at all four stages, the first two at reduced size; else at stages 2 to 4 at full size")
-    add("--branches", choices=BRANCHES, help="both branches, or one alone")
-    add("--fusion", choices=FUSIONS, 
-        help="cross-attention (published), a lean one at a small part of its cost, or joined at the head only")
+    add("--branches", choices=(*BRANCHES, "frames"),
+        help="both branches, or one alone; frames: to compare with, the ResNet on all T frames, averaged (TSN)")
+    add("--fusion", choices=FUSIONS,
+        help="cross-attention (published); gain and shift by place; attention at a small part of the cost; or joined "
+        "at the head only")
     add("--snn-bn", choices=BATCH_NORMS, help="SNN batch norm: statistics of each time step, or of all together")
     add("--neuron", choices=sorted(NEURONS), help="type of the spiking neuron")
     add("--tau", type=number(1), metavar="STEPS", help="membrane time constant, in time steps")
@@ -158,6 +170,13 @@ def parse(parser: ArgumentParser, defaults: dict) -> argparse.Namespace:
     parser.set_defaults(**defaults)  # for --help
     first = [word for name, value in defaults.items() for word in _as_flag(name, value)]
     args = of_this_machine(parser.parse_args(first + sys.argv[1:]))
+    network = f"--model {args.model}" if args.model in VIDEO_BACKBONES else f"--branches {args.branches}"
+    if is_baseline(args):
+        typed = vars(parser.parse_args(sys.argv[1:], argparse.Namespace(**dict.fromkeys(vars(args)))))
+        for name in _OF_RESPIKE if args.model in BACKBONES else (*_OF_RESPIKE, *_OF_RESNETS):
+            if typed[name] is not None:
+                raise UserError(f"--{name.replace('_', '-')}: has no part in the network of {network}; leave it out")
+        args.stride = 1  # every frame is a key frame
     _check_together(args)
     return args
 
@@ -181,7 +200,8 @@ def _as_flag(name: str, value) -> list[str]:
 
 def _check_together(args: argparse.Namespace) -> None:
     """What no flag shows alone."""
-    check_stride(args.time, args.stride)
+    if not is_baseline(args):
+        check_stride(args.time, args.stride)
     if args.size % SIZE_MULTIPLE:
         nearest = max(1, round(args.size / SIZE_MULTIPLE)) * SIZE_MULTIPLE
         raise UserError(f"--size must be a multiple of {SIZE_MULTIPLE}, got {args.size}; the nearest is {nearest}")
@@ -214,16 +234,21 @@ def _check_together(args: argparse.Namespace) -> None:
         args.run_dir = str(Path(args.resume).parent)
 
 
+def is_baseline(args: argparse.Namespace) -> bool:
+    """Whether the flags name a network to compare ReSpike with (`models.baselines`)."""
+    return args.model in VIDEO_BACKBONES or args.branches == "frames"
+
+
 def neuron_parameters(args: argparse.Namespace) -> LIFParameters:
     return LIFParameters(tau=args.tau, surrogate=args.surrogate, alpha=args.alpha)
 
 
 def default_run_dir(args: argparse.Namespace, data: str) -> str:
-    variant = "downsample" if args.downsample else "full"
-    return (
-        f"runs/{data}-{args.model}-{args.branches}-{args.fusion}-{variant}"
-        f"-T{args.time}-stride{args.stride}-lr{args.learning_rate:g}-seed{args.seed}"
-    )
+    network = [args.model, args.branches, args.fusion, "downsample" if args.downsample else "full"]
+    if is_baseline(args):
+        network = [args.model] if args.model in VIDEO_BACKBONES else [args.model, args.branches]
+    clip = f"T{args.time}" if is_baseline(args) else f"T{args.time}-stride{args.stride}"
+    return f"runs/{data}-{'-'.join(network)}-{clip}-lr{args.learning_rate:g}-seed{args.seed}"
 
 
 def begin_run(args: argparse.Namespace) -> tuple[Runtime, RunFolder, Checkpoint | None]:
