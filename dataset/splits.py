@@ -19,10 +19,9 @@ from dataset.label_map import check_names
 from dataset.text_files import read_lines
 from utils.errors import UserError
 
-# What is taken for a video in a folder. A file that is named is tried whatever its suffix.
 VIDEO_SUFFIXES = {
-    ".avi", ".mp4", ".m4v", ".mkv", ".webm", ".mov", ".mpg", ".mpeg", ".wmv", ".flv", ".3gp", ".ts",
-    ".ogv", ".mts", ".m2ts", ".vob", ".qt", ".asf", ".f4v", ".divx", ".3g2", ".mpe", ".m2v",
+    ".3gp", ".asf", ".avi", ".f4v", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".ogv",
+    ".qt", ".ts", ".vob", ".webm", ".wmv",
 }  # fmt: skip
 
 
