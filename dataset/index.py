@@ -167,6 +167,8 @@ class VideoIndex:
     def lookup(self, paths: Sequence[str], workers: int) -> dict[str, VideoInfo]:
         """What is in each file, by path; a file that cannot be read has `error` set."""
         keys = {path: os.path.abspath(path) for path in paths}
+        if self._shard is not None:  # what others have found is theirs to keep
+            self._entries = {key: self._entries[key] for key in keys.values() if key in self._entries}
         for key in keys.values():
             if key in self._entries and not _is_whole(key, self._entries[key]):
                 del self._entries[key]
@@ -175,8 +177,6 @@ class VideoIndex:
         before = {path: self._entries.get(keys[path]) for path in stale}
         if any(entry is None or entry[0] != stamps[path] for path, entry in before.items()):
             self._save()  # a cache that cannot be written is better known before hours of decoding
-        if self._shard is not None:  # what others have found is theirs to keep
-            self._entries = {key: self._entries[key] for key in keys.values() if key in self._entries}
         if stale:
             saved = time.monotonic()
             try:

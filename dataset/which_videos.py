@@ -61,7 +61,7 @@ def add_video_flags(parser: ArgumentParser) -> Callable:
     add("--data-root", help="folder with the videos; for lists, the folder that their paths start from")
     add("--annotation-path", help="folder with the official split files")
     add("--split", type=int, choices=SPLITS, help="the videos of one split alone; default: of every split")
-    add("--train-list", metavar="FILE", help="`path label`, `path frames label` or the official csv")
+    add("--train-list", metavar="FILE", help="`path label`, `path frames label` or a csv with a header")
     add("--val-list", metavar="FILE", help="the same for the videos to test on; one of the two lists is enough")
     add("--train-root", help="folder that the paths of --train-list start from")
     add("--val-root", help="folder that the paths of --val-list start from")
