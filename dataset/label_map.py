@@ -8,8 +8,8 @@ from pathlib import Path
 from dataset.text_files import read_text
 from utils.errors import UserError
 
-_NUMBER_NAME = re.compile(r"(\d+)\s*[\s,;:]\s*(.*\S)")
-_NAME_NUMBER = re.compile(r"(.*[^\s,;:])\s*[,;:\t]\s*(\d+)")  # `stage 1` is a name
+_NUMBER_NAME = re.compile(r"(\d{1,9})\s*[\s,;:]\s*(.*\S)")
+_NAME_NUMBER = re.compile(r"(.*[^\s,;:])\s*[,;:\t]\s*(\d{1,9})")  # `stage 1` is a name
 # The one column of a table of names, as pandas and others write it.
 _COLUMN_NAMES = {"name", "names", "label", "labels", "class", "classes", "class_name", "label_name", "category"}
 

@@ -72,8 +72,9 @@ def read_lists(
             )
         note_repeats(str(part.file), [(record.path, record.label) for record in records[part]])
     training = records.get(train, [])
-    trained = {record.path: record.label for record in training}
-    both = {record.path: record.label for record in records[test] if record.path in trained}
+    trained = {os.path.abspath(record.path): record.label for record in training}
+    tested = {os.path.abspath(record.path): record.label for record in records[test]}
+    both = {path: label for path, label in tested.items() if path in trained}
     if both:
         others = sum(trained[path] != label for path, label in both.items())
         more = f", {others} of them with another label" if others else ""
@@ -105,65 +106,75 @@ def _read_list(part: VideoList) -> list[_Entry]:
     existing_folder(part.root, f"{part.name}_root", f"the videos of {part.file}")
     if not lines:
         raise UserError(f"{part.file}: names no video", about)
+    header = next((place for place, (_, line) in enumerate(lines) if not line.startswith("#")), 0)
     for delimiter in ",\t;":
         try:
-            columns = [column.strip() for column in _cells(lines[0][1], delimiter)]
+            columns = [column.lower() for column in _cells(lines[header][1], delimiter)]
         except csv.Error:  # a line that is too long for a table
             break
+        table = _Table(part, lines[header:], columns, delimiter)
         path_column = next((column for column in _PATH_COLUMNS if column in columns), None)
         if "youtube_id" in columns:
-            return list(_official_entries(part, lines, columns, delimiter))
+            return list(_official_entries(table))
         if path_column is not None and "label" in columns:
-            return _table_entries(part, lines, columns, delimiter, path_column)
+            return _table_entries(table, path_column)
     return list(_text_entries(part, lines))
 
 
+@dataclass(frozen=True)
+class _Table:
+    part: VideoList
+    lines: list[tuple[int, str]]  # from the header on
+    columns: list[str]
+    delimiter: str
+
+    def refused(self, number: int, line: str) -> UserError:
+        return UserError(f"{self.part.file}:{number}: expected {','.join(self.columns)}, found `{line.strip()[:200]}`")
+
+    def rows(self, needed: tuple[str, ...]) -> Iterator[tuple[int, str, dict[str, str]]]:
+        """(number, line, cells by column). Raises UserError if a cell that is `needed` is empty."""
+        for number, line in self.lines[1:]:
+            try:
+                row = dict(zip(self.columns, _cells(line, self.delimiter), strict=True))
+            except (ValueError, csv.Error) as error:
+                raise self.refused(number, line) from error
+            if not all(row[column] for column in needed):
+                raise UserError(f"{self.part.file}:{number}: expected {' and '.join(needed)}, found an empty cell")
+            yield number, line, row
+
+
 def _cells(line: str, delimiter: str) -> list[str]:
-    """Of a row of a table. Raises csv.Error."""
-    return next(csv.reader([line], delimiter=delimiter, skipinitialspace=True))
+    """Of a row of a table, without the spaces around them. Raises csv.Error."""
+    return [cell.strip() for cell in next(csv.reader([line], delimiter=delimiter, skipinitialspace=True))]
 
 
-def _rows(
-    part: VideoList, lines: list[tuple[int, str]], columns: list[str], delimiter: str
-) -> Iterator[tuple[int, str, dict[str, str]]]:
-    """(number, line, cells by column) of the lines after the header."""
-    for number, line in lines[1:]:
-        try:
-            yield number, line, dict(zip(columns, _cells(line, delimiter), strict=True))
-        except (ValueError, csv.Error) as error:
-            raise UserError(f"{part.file}:{number}: expected {','.join(columns)}, found `{line.strip()}`") from error
-
-
-def _official_entries(
-    part: VideoList, lines: list[tuple[int, str]], columns: list[str], delimiter: str
-) -> Iterator[_Entry]:
+def _official_entries(table: _Table) -> Iterator[_Entry]:
     for wanted in _OFFICIAL_COLUMNS:
-        if wanted not in columns:
-            raise UserError(f"{part.file}:{lines[0][0]}: expected a column {wanted}, found {', '.join(columns)}")
-    for number, line, row in _rows(part, lines, columns, delimiter):
+        if wanted not in table.columns:
+            raise UserError(
+                f"{table.part.file}:{table.lines[0][0]}: expected a column {wanted}, found {', '.join(table.columns)}"
+            )
+    for number, line, row in table.rows(_OFFICIAL_COLUMNS):
         label, video = row["label"], row["youtube_id"]
         try:
             start, end = int(float(row["time_start"])), int(float(row["time_end"]))
         except (ValueError, OverflowError) as error:
-            raise UserError(f"{part.file}:{number}: expected {','.join(columns)}, found `{line.strip()}`") from error
+            raise table.refused(number, line) from error
         # The usual download scripts name a file for its cut, or for the video alone, in a folder a class or in one.
         folders = (label, label.replace(" ", "_"), "")
         stems = (f"{video}_{start:06d}_{end:06d}", video)
         yield _Entry(number, tuple(os.path.join(f, s) for s in stems for f in folders), label, video)
 
 
-def _table_entries(
-    part: VideoList, lines: list[tuple[int, str]], columns: list[str], delimiter: str, path_column: str
-) -> list[_Entry]:
+def _table_entries(table: _Table, path_column: str) -> list[_Entry]:
+    # 1.0 is how pandas writes a 1 of a column that had an empty cell.
     rows = [
-        (number, row[path_column], row["label"].strip()) for number, _, row in _rows(part, lines, columns, delimiter)
+        (number, row[path_column], re.sub(r"^(\d+)\.0$", r"\1", row["label"]))
+        for number, _, row in table.rows((path_column, "label"))
     ]
-    empty = next((number for number, path, label in rows if not path or not label), None)
-    if empty is not None:
-        raise UserError(f"{part.file}:{empty}: expected {path_column} and label, found an empty cell")
     numbers = all(label.isdecimal() for _, _, label in rows)
     return [
-        _Entry(number, (path,), _integer(part, number, label) if numbers else label, _stem(path))
+        _Entry(number, (path,), _integer(table.part, number, label) if numbers else label, _stem(path))
         for number, path, label in rows
     ]
 

@@ -71,11 +71,12 @@ def _hmdb51_lists(annotation_path: str | Path, split: int) -> tuple[list[str], l
     annotation_path = existing_folder(annotation_path, "annotation_path", "the files <class>_test_split<n>.txt")
     suffix = f"_test_split{split}.txt"
     try:
-        classes = sorted(name.removesuffix(suffix) for name in os.listdir(annotation_path) if name.endswith(suffix))
+        names = [name for name in os.listdir(annotation_path) if name.endswith(suffix) and not _is_of_macos(name)]
     except OSError as error:
         raise UserError(f"{annotation_path}: cannot be read ({error.strerror})", about="annotation_path") from error
-    if not classes:
+    if not names:
         raise UserError(f"{annotation_path}: expected files <class>{suffix}, found none", about="annotation_path")
+    classes = sorted(name.removesuffix(suffix) for name in names)
     lists = [annotation_path / f"{name}{suffix}" for name in classes]
     listed = []
     for label, (name, file) in enumerate(zip(classes, lists, strict=True)):
@@ -113,7 +114,7 @@ def _ucf101_lists(annotation_path: str | Path, split: int) -> tuple[list[str], l
     numbered = []
     for number, line in read_lines(class_file):
         fields = line.strip().split(maxsplit=1)
-        if len(fields) != 2 or not fields[0].isdecimal():
+        if len(fields) != 2 or not re.fullmatch(r"\d{1,9}", fields[0]):
             raise UserError(f"{class_file}:{number}: expected `index class`, found `{line.strip()}`")
         numbered.append((int(fields[0]), fields[1]))
     classes = [name for _, name in sorted(numbered)]
@@ -240,7 +241,9 @@ class FilesBelow:
         if folder not in self._folders:
             self._folders[folder] = _Folder(folder)
         files = self._folders[folder].names
-        return None if files is None else [os.path.join(folder, file) for file in files if _has_video_suffix(file)]
+        if files is None:
+            return None
+        return [os.path.join(folder, file) for file in files if _has_video_suffix(file) and not _is_of_macos(file)]
 
 
 class _Folder:
@@ -280,6 +283,11 @@ def _has_video_suffix(name: str) -> bool:
     return os.path.splitext(name)[1].lower() in VIDEO_SUFFIXES
 
 
+def _is_of_macos(name: str) -> bool:
+    """Whether macOS has written the file beside another, for what the file system cannot hold."""
+    return name.startswith("._")
+
+
 def _is_folder(entry: os.DirEntry) -> bool:
     # What a link leads to costs a question to the disk: only asked where the name leaves a doubt.
     try:
@@ -290,10 +298,12 @@ def _is_folder(entry: os.DirEntry) -> bool:
 
 def _spellings(name: str) -> Iterator[str]:
     """`name`, and how the same name is written on other systems: in quotes, with backslashes, with accents as
-    characters of their own (macOS) or not."""
+    characters of their own (macOS) or not, in the 8-bit characters of Windows."""
     yield name
     plain = name[1:-1] if len(name) > 2 and name[0] == name[-1] == '"' else name
     plain = plain.replace("\\", "/")
+    if any("\udc80" <= character <= "\udcff" for character in plain):  # bytes that are no UTF-8
+        plain = os.fsencode(plain).decode("cp1252", errors="replace")
     others = {plain} if plain.isascii() else {plain, *(unicodedata.normalize(form, plain) for form in ("NFC", "NFD"))}
     yield from sorted(others - {name})
 
@@ -302,7 +312,7 @@ def note_repeats(what: str, listed: Iterable[tuple[str, int]]) -> None:
     """Print how many of the videos, (path, label), are listed several times."""
     labels = defaultdict(list)
     for path, label in listed:
-        labels[path].append(label)
+        labels[os.path.abspath(path)].append(label)
     several = {path: sorted(set(of)) for path, of in labels.items() if len(of) > 1}
     with_labels = {path: of for path, of in several.items() if len(of) > 1}
     for paths, meaning in (

@@ -41,6 +41,7 @@ def test_more_than_ten_numbers_are_ordered_as_numbers(tmp_path):
 PLAIN = {
     "numbers within names": ["1 finger", "fist", "2 fingers"],
     "numbers at the end": ["stage 1", "stage 2", "stage 0"],
+    "a number of many digits": ["run", "9" * 5000 + " walk"],
     "numbers alone": ["0", "1", "2"],
     "commas": ["passing American football (in game)", "massaging person's head", "hair, cutting of"],
     "brackets": ["[unknown]", "run"],

@@ -172,7 +172,7 @@ def test_names_with_characters_that_end_lines_elsewhere(root, character):
     assert found(read(root, f"{name} 1\ne.webm 0\n"), root) == [(name, 1), ("e.webm", 0)]
 
 
-@pytest.mark.parametrize("encoding", ["utf-16", "utf-8-sig"])
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-8-sig", "cp1252"])
 def test_lists_in_other_encodings(root, encoding):
     (root / "ü.mp4").write_bytes(b"")
     assert found(read(root, "ü.mp4 1\r\ne.webm 0\r\n".encode(encoding)), root) == [("ü.mp4", 1), ("e.webm", 0)]
@@ -189,8 +189,8 @@ def test_comments_are_no_videos(root, capsys):
 
 
 def test_a_video_that_is_listed_twice_is_told(root, capsys):
-    split = read(root, "e.webm 0\nabseiling/c.mkv 1\nabseiling/c 1\n")
-    assert len(split.train) == 3
+    split = read(root, f"e.webm 0\nabseiling/c.mkv 1\nabseiling/c 1\n./abseiling/c.mkv 1\n{root}/abseiling/c.mkv 1\n")
+    assert len(split.train) == 5
     assert f"lists 1 videos more than once, and each line counts; the first: {root}/abseiling/c.mkv\n" in (
         capsys.readouterr().out
     )
@@ -230,6 +230,9 @@ DIALECTS = {
     "semicolons": QUOTED.replace(",", ";"),
     "with the rows numbered, as pandas does": QUOTED.replace('"label"', ',"label"').replace('"air', '0,"air'),
     "spaces": "label, youtube_id, time_start, time_end\nair drumming, d, 10, 20\n",
+    "capitals": QUOTED.replace("label", "Label").replace("youtube_id", "YouTube_ID"),
+    "comments above": "# from the site\n# 250 videos\n" + QUOTED,
+    "spaces behind": QUOTED.replace("air drumming", "air drumming "),
     "Windows": "\ufeff" + QUOTED.replace("\n", "\r\n"),
     "paths and names": 'path,label\n"air drumming/d_000010_000020.mp4",air drumming\n',
     "names and paths": "label\tfilename\nair drumming\tair drumming/d_000010_000020.mp4\n",
@@ -244,7 +247,7 @@ def test_dialects_of_csv(root, text):
 
 def test_a_table_of_paths_and_numbers(root):
     (root / "a, b.mp4").write_bytes(b"")
-    split = read(root, 'path,label\n"a, b.mp4",3\nabseiling/a b.mp4,1\n')
+    split = read(root, 'path,label\n"a, b.mp4",3\nabseiling/a b.mp4,1.0\n')
     assert found(split, root) == [("a, b.mp4", 3), ("abseiling/a b.mp4", 1)] and len(split.classes) == 4
 
 
@@ -267,6 +270,8 @@ BAD = {
     "csv infinity": (OFFICIAL + "a,b,inf,2,x\n", {}, r"train\.txt:5: expected label,youtube_id"),
     "csv columns": ("label,youtube_id\nx,y\n", {}, r"train\.txt:1: expected a column time_start"),
     "csv number": ("label,youtube_id,time_start,time_end\nx,y,soon,2\n", {}, r"train\.txt:2: expected .*`x,y,soon,2`"),
+    "an empty class": (OFFICIAL + ",c,7,17,train\n", {}, r"train\.txt:5: expected label and .*, found an empty cell"),
+    "a header alone": (OFFICIAL.split("\n")[0], {}, r"train\.txt: names no video"),
     "an empty cell": ("path,label\ne.webm,\n", {}, r"train\.txt:2: expected path and label, found an empty cell"),
     "comments alone": ("# a\n# b 3\n", {}, r"train\.txt: names no video"),
     "an unknown header": ("url,class\ne.webm,0\n", {}, r"train\.txt:1: expected `path label`.*found `url,class`"),

@@ -134,6 +134,13 @@ def test_videos_that_are_listed_twice_are_told(tmp_path, capsys):
         read_hmdb51(root, lists, 1)
 
 
+def test_files_that_macos_leaves_beside_others_are_no_videos_and_no_lists(tmp_path):
+    root, lists = make_hmdb51(tmp_path, {"run": {"a.avi": 1, "b.avi": 2}}, ["run/a.avi", "run/b.avi", "run/._a.avi"])
+    (lists / "._run_test_split1.txt").write_bytes(b"\0\5\x16\7\0\2Mac OS X\0")
+    split = read_hmdb51(root, lists, 1)
+    assert split.classes == ["run"] and len(split.train) == 1 and split.unlisted == []
+
+
 def test_a_class_folder_without_permission_is_not_missing(open_folder):
     root, lists = make_hmdb51(
         open_folder, {"run": {"a.avi": 1, "b.avi": 2}, "wave": {"c.avi": 1}}, ["run/a.avi", "run/b.avi", "wave/c.avi"]
