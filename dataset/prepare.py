@@ -125,7 +125,8 @@ def main() -> int:
         own = {video: target for video, target in targets.items() if args.shard.has(names[video])}
         print(f"prepare: {len(own)} of them in shard {args.shard.number} of {args.shard.count}", flush=True)
     if args.dry_run:
-        predict(own, settings, args.jobs)
+        if own:  # a shard of few videos may have none
+            predict(own, settings, args.jobs)
         return 0
     listed = listing(names.values())
     with locked(out, shared=args.shard is not None):
