@@ -4,6 +4,8 @@ Both see every frame of a clip as a key frame: key [B, T, 3, H, W], as `dataset.
 with stride 1, and a residual without frames. So they share ReSpike's loader, training, evaluation and energy.
 """
 
+import contextlib
+
 import torch
 import torchvision
 from torch import Tensor, nn
@@ -52,6 +54,7 @@ class VideoResNet(Network):
 
     forward: key [B, T, 3, H, W], normalised with ImageNet's constants, as all clips here; residual without frames
     -> logits [B, num_classes]. The network itself changes the clip to the constants of torchvision's Kinetics weights.
+    On a CPU it computes in float32 whatever the precision of the run.
 
     backbone: r3d_18, mc3_18 or r2plus1d_18. weights: as `models.resnet.load_weights`, "default" are torchvision's
     for Kinetics-400. Raises UserError.
@@ -80,8 +83,10 @@ class VideoResNet(Network):
         return cls(settings["backbone"], settings["num_classes"])
 
     def forward(self, key: Tensor, residual: Tensor) -> Tensor:
-        clip = key[:, :, :3] * self.scale.to(key.dtype) + self.shift.to(key.dtype)
-        return self.head(self.body(clip.transpose(1, 2)))  # [B, 3, T, H, W] -> [B, classes]
+        clip = (key[:, :, :3] * self.scale + self.shift).transpose(1, 2)  # [B, 3, T, H, W]
+        # On a CPU the bfloat16 gradient of a 3-D convolution of 2 frames holds memory that nobody wrote (PyTorch 2.15).
+        with contextlib.nullcontext() if clip.is_cuda else torch.autocast("cpu", enabled=False):
+            return self.head(self.body(clip))  # [B, classes]
 
 
 def _constants(network: str) -> tuple[Tensor, Tensor]:

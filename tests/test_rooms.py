@@ -7,8 +7,11 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 # Folder -> what its files must not import. Files directly in utils/ are plumbing: they know neither data nor network,
-# except those that read a network.
+# except those that read a network. benchmarks/ (how fast is it?) and experiments/ (how good is it?) stand above
+# all of them and beside each other.
 FORBIDDEN = {
+    "benchmarks": ("experiments",),
+    "experiments": ("benchmarks",),
     "utils": ("dataset", "models", "utils.training", "utils.heads"),
     "dataset": ("models", "utils.training", "utils.heads", "utils.energy"),
     "models": ("dataset", "utils.training", "utils.heads", "utils.energy"),
@@ -34,6 +37,8 @@ def imported(file: Path) -> set[str]:
 def test_no_arrow_points_up(file):
     folder = str(file.parent.relative_to(ROOT))
     forbidden = set(FORBIDDEN.get(folder, FORBIDDEN["models"]))
+    if folder not in ("benchmarks", "experiments"):
+        forbidden |= {"benchmarks", "experiments"}
     if str(file.relative_to(ROOT)) in READ_A_NETWORK:
         forbidden -= {"models", "dataset"}
     above = {name for name in imported(file) if any(name == up or name.startswith(f"{up}.") for up in forbidden)}

@@ -67,17 +67,20 @@ def compute(folder: str, out: str) -> None:
         # enough for the batch to be left out by both.
         gone = range(4, 8) if runtime.count == 1 else range(6, 8)
         results["empty batch"] = one_step(folder, runtime, 4 // runtime.count, 2, "fixed", gone)
+        results["film"] = one_step(folder, runtime, 8 // runtime.count, 1, "fixed", fusion="film")
         results["fused"] = fused_batch_norm(runtime)
     if runtime.is_main:
         torch.save(results, Path(out) / str(runtime.count))
 
 
 def one_step(
-    folder: str, runtime: Runtime, batch_size: int, accumulate: int, batch_norm: str, gone: Sequence[int] = ()
-) -> dict:
+    folder: str, runtime: Runtime, batch_size: int, accumulate: int, batch_norm: str, gone: Sequence[int] = (),
+    fusion: str = "cross",
+) -> dict:  # fmt: skip
     """gone: places in the epoch's order whose videos are."""
     torch.manual_seed(3)
-    model = ReSpike(num_classes=8, stride=2, snn_batch_norm="merged" if batch_norm == "merged" else "per-step")
+    mode = "merged" if batch_norm == "merged" else "per-step"
+    model = ReSpike(num_classes=8, stride=2, snn_batch_norm=mode, fusion=fusion)
     if batch_norm == "fixed":
         for module in model.modules():
             if isinstance(module, nn.BatchNorm2d):

@@ -82,7 +82,7 @@ def test_variants_fuse_where_they_should():
 
 
 @pytest.mark.parametrize("downsample", [True, False])
-@pytest.mark.parametrize("fusion", ["cross", "lean"])
+@pytest.mark.parametrize("fusion", ["cross", "film", "lean"])
 def test_a_fresh_network_does_not_fuse_yet(fusion, downsample):
     """The last layer starts at zero, so the block is the identity and equals concat."""
     fused, concat = ReSpike(fusion=fusion, downsample=downsample).eval(), ReSpike(fusion="concat").eval()
@@ -190,7 +190,7 @@ def test_a_new_neuron_is_a_class_and_an_entry(monkeypatch, backend):
         ({"stride": 1}, "stride must be at least 2"),
         ({"backbone": "resnet9"}, "resnet18, resnet34"),
         ({"branches": "left"}, "both, ann, snn"),
-        ({"fusion": "sum"}, "cross, lean, concat"),
+        ({"fusion": "sum"}, "cross, film, lean, concat"),
         ({"num_classes": 0}, "num_classes"),
         ({"snn_batch_norm": "x"}, "per-step, merged"),
         ({"neuron_type": "izhikevich"}, "neuron_type must be one of lif"),

@@ -56,6 +56,7 @@ def stream(model: ReSpike, key: torch.Tensor, residual: torch.Tensor, segments: 
 VARIANTS = [
     dict(stride=4, downsample=True), dict(stride=2, downsample=True), dict(stride=4, downsample=False),
     dict(stride=2, downsample=False), dict(fusion="lean"), dict(fusion="lean", stride=2, downsample=False),
+    dict(fusion="film"), dict(fusion="film", stride=2, downsample=False),
     dict(fusion="concat"), dict(branches="ann"), dict(branches="snn"),
     dict(backbone="resnet50", snn_batch_norm="merged"),
 ]  # fmt: skip

@@ -14,7 +14,7 @@ def computed(tiny_demo, tmp_path_factory) -> dict[int, dict]:
     return {processes: torch.load(out / str(processes)) for processes in (1, 2, 3)}
 
 
-@pytest.mark.parametrize("case", ["fixed", "per-step", "merged", "accumulated", "empty batch", "fused"])
+@pytest.mark.parametrize("case", ["fixed", "per-step", "merged", "accumulated", "empty batch", "film", "fused"])
 def test_gradients_of_two_processes_are_those_of_the_doubled_batch(computed, case):
     """In float64, with batch norm in evaluation mode or synchronised; with two batches a step too, also where one
     process has nothing to train on in the second."""

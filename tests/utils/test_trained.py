@@ -97,7 +97,7 @@ def cut_off(path: Path) -> Path:
         (not_finite, "nan.pt", r"its weights head\.bias are not all finite"),
         (without_settings, "other.safetensors", "without the settings of this project"),
         (cut_off, "cut.safetensors", "damaged or was cut off"),
-        (lambda path: write(path, trained_model(), SETTINGS | {"fusion": "sum"}), "f.pt", "cross, lean, concat"),
+        (lambda path: write(path, trained_model(), SETTINGS | {"fusion": "sum"}), "f.pt", "cross, film, lean, concat"),
         (lambda path: write(path, trained_model(), SETTINGS | {"num_classes": 4}), "c.pt", "not a whole network"),
         (lambda path: write(path, trained_model(), {"classes": ["a"]}), "s.pt", "not a whole network"),
         (lambda path: write(path, trained_model(), position={}), "p.pt", "not a whole checkpoint"),

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import finetune
 from dataset.demo import CLASSES
+from experiments import finetune
 from utils.script import run_script
 
 # A fine-tuned run is 20 points better; it needs the checkpoint that the pre-training writes.

@@ -1,6 +1,6 @@
 """What --init is worth on the demo: four motions fine-tuned from a network of the other four, and from scratch.
 
-    python -m benchmarks.finetune --out runs/finetune --jobs 2
+    python -m experiments.finetune --out runs/finetune --jobs 2
 
 The eight classes are split in two: left, up, clockwise, grow to pre-train on; right, down, counter-clockwise, shrink to
 fine-tune on. For each seed three runs: "pretrained" on the first four, "finetuned" (--init of the former) and "scratch"
@@ -12,11 +12,10 @@ after each epoch, mean and deviation over seeds.
 import argparse
 import itertools
 import shlex
-from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.sweep import ROOT, Run, add_sweep_flags, mean_deviation, run_all, write_tables
 from dataset.demo import CLASSES, DemoSettings, generate_demo
+from experiments.sweep import ROOT, Run, add_sweep_flags, mean_deviation, run_all, write_tables
 from utils.device import cpu_count
 from utils.errors import ArgumentParser
 from utils.files import writing
@@ -33,10 +32,8 @@ CLASSES_OF = {"pretrained": CLASSES[::2], "scratch": CLASSES[1::2], "finetuned":
 
 def parse_args() -> argparse.Namespace:
     parser = ArgumentParser(description="Fine-tuning against training from scratch, on the demo; a table in the end.")
-    parser.add_argument("--out", default="runs/finetune", metavar="FOLDER", help="folder of the run folders")
     parser.add_argument("--data-root", default="data/demo", metavar="FOLDER", help="the demo's videos")
-    add_sweep_flags(parser)
-    parser.add_argument("flags", nargs="*", metavar="-- FLAGS", help="of train_kinetics.py")
+    add_sweep_flags(parser, "runs/finetune")
     return parser.parse_args()
 
 
@@ -55,7 +52,7 @@ def main() -> int:
     runs = {kind: [run(kind, seed) for seed in dict.fromkeys(args.seeds)] for kind in EPOCHS}
 
     def table() -> str:
-        return write_table(out, (*shlex.split(BASE), *args.flags), runs)
+        return write_table(out, shlex.join([*shlex.split(BASE), *args.flags]), runs)
 
     status = run_all([*runs["pretrained"], *runs["scratch"]], args.jobs, table)
     if status != 130:
@@ -82,7 +79,7 @@ def write_lists(demo: Path, folder: Path, classes: tuple[str, ...]) -> list[str]
     ]  # fmt: skip
 
 
-def write_table(out: Path, flags: Sequence[str], runs: dict[str, list[Run]]) -> str:
+def write_table(out: Path, flags: str, runs: dict[str, list[Run]]) -> str:
     """Video top-1 after each epoch, of the runs that are finished."""
     most = max(EPOCHS.values())
     markdown = [["run", "motions", "seeds", *(f"after epoch {number}" for number in range(1, most + 1))]]
@@ -97,7 +94,7 @@ def write_table(out: Path, flags: Sequence[str], runs: dict[str, list[Run]]) -> 
             if values:
                 table.append([*row[:3], epoch + 1, mean, "" if deviation == "-" else deviation])
         markdown.append(row)
-    return write_tables(out, flags, markdown, table)
+    return write_tables(out, f"`{flags}`", markdown, table)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Energy of a clip at the published sizes beside other networks: arithmetic only, an estimate, not a measurement.
 
-    python -m benchmarks.energy                                  # neurons that fire evenly at 5, 10 and 20 %
-    python -m benchmarks.energy --rates runs/x/evaluation.json   # and at the rates that evaluate.py --energy counted
+    python -m experiments.energy                                  # neurons that fire evenly at 5, 10 and 20 %
+    python -m experiments.energy --rates runs/x/evaluation.json   # and at the rates that evaluate.py --energy counted
 
 Prints Markdown. A clip has 16 frames of 224 x 224 pixels. Firing rates are of neurons and time steps, the same all over
 a layer; so the accumulates are the rate times those of a layer in which every neuron fires (targets in the padding
