@@ -187,7 +187,7 @@ def main() -> int:
 @dataclass
 class Data:
     train_loader: DeviceLoader
-    clip_ids: numpy.ndarray  # of the training clips, in the order that an epoch shuffles
+    clip_ids: numpy.ndarray  # and labels of the training clips, in the order that an epoch shuffles
     eval_loader: DeviceLoader  # the best epoch is chosen on these videos
     evaluated_clips: str  # fingerprint of the clips of eval_loader
     evaluated_on: str  # "val" or "test"

@@ -19,7 +19,8 @@ from dataset.clips import VideoTable, clip_ids, count_short, eval_clips, fingerp
 from dataset.device_loader import DeviceLoader, LoaderMaker
 from dataset.frame_sampling import SAMPLINGS
 from dataset.index import VideoIndex
-from dataset.lists import VideoList, read_label_map, read_lists
+from dataset.label_map import read_label_map
+from dataset.lists import VideoList, read_lists
 from dataset.readable import readable_videos
 from dataset.transforms import eval_short_side, eval_transforms, multi_scale_crop
 from models import FramesResNet, ReSpike, VideoResNet
@@ -53,7 +54,7 @@ DEFAULTS = dict(
     data_root=None,  # folder that the paths of both lists start from; None: KINETICS400 below, or the list's folder
     train_root=None,  # the same for train_list alone
     val_root=None,  # the same for val_list alone
-    label_map=None,  # file of class names, one a line; label 0 is the first
+    label_map=None,  # file of class names, one a line, label 0 first; or with their numbers
     num_classes=None,  # None: of the label map, or as many as the labels need
     val_fraction=0.0,  # share of the training videos to choose the best epoch on; 0 chooses on the videos of val_list
     # clips
@@ -125,13 +126,13 @@ def parse_args() -> argparse.Namespace:
     parser = ArgumentParser(description="Train ReSpike on Kinetics-400 or on any videos that list files name.")
     add = parser.add_argument_group("data").add_argument
     add("--dset", choices=("kinetics400", "list"), help="Kinetics-400, or what the lists name")
-    add("--train-list", metavar="FILE", help="lines `path label`, `path frames label`, or the official csv")
+    add("--train-list", metavar="FILE", help="lines `path label`, `path frames label`, or a csv with a header")
     add("--val-list", metavar="FILE", help="the same for the videos to test on")
     add("--data-root", metavar="FOLDER", help="folder that the paths of both lists start from; not given: of "
         "KINETICS400 in this script, or the list's own")  # fmt: skip
     add("--train-root", metavar="FOLDER", help="the same for --train-list alone")
     add("--val-root", metavar="FOLDER", help="the same for --val-list alone")
-    add("--label-map", metavar="FILE", help="class names, one a line; label 0 is the first")
+    add("--label-map", metavar="FILE", help="class names, one a line, label 0 first; or with their numbers")
     add("--num-classes", type=whole(1, below=100_000), metavar="N", help="not given: as many as needed")
     add_shared_flags(parser)
     args = parse(parser, DEFAULTS)
@@ -184,7 +185,7 @@ def main() -> int:
 @dataclass
 class Data:
     train_loader: DeviceLoader
-    clip_ids: numpy.ndarray  # of the training clips, in the order that an epoch shuffles
+    clip_ids: numpy.ndarray  # and labels of the training clips, in the order that an epoch shuffles
     eval_loader: DeviceLoader  # the best epoch is chosen on these videos
     evaluated_clips: str  # fingerprint of the clips of eval_loader
     test_loader: DeviceLoader

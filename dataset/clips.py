@@ -7,8 +7,9 @@ into every data loading process.
 
 import hashlib
 import os
-from collections import defaultdict, deque
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
 import numpy
 
@@ -23,6 +24,7 @@ CLIP = numpy.dtype([("video", numpy.int64), ("place", numpy.int64), ("crop", num
 # video: index into the table. place: in the video, as `dataset.frame_sampling` counts. crop: number of the transform.
 RANDOM_PLACE = -1  # the place is drawn anew each epoch
 NO_VIDEO = -1  # the video was there when the run started and is gone now
+UNKNOWN_LABEL = -1  # of a clip in a checkpoint that was written before labels were kept
 
 
 class VideoTable:
@@ -81,10 +83,11 @@ def count_short(videos: VideoTable, sampling: FrameSampling) -> int:
 
 
 def clip_ids(videos: VideoTable, clips: numpy.ndarray) -> numpy.ndarray:
-    """int64 [clips]: a 64-bit id for each clip. It depends on the path inside the data set only, so it is the same
-    after a restart and on another machine."""
+    """int64 [clips, 2]: a 64-bit id for each clip, and its label. The id depends on the path inside the data set only,
+    so it is the same after a restart and on another machine."""
     own = videos.ids.tolist()
-    return numpy.array([_hash(f"{own[video]}@{place}/{crop}") for video, place, crop in clips.tolist()], numpy.int64)
+    ids = [_hash(f"{own[video]}@{place}/{crop}") for video, place, crop in clips.tolist()]
+    return numpy.stack([numpy.array(ids, numpy.int64), videos.labels[clips["video"]]], axis=1)
 
 
 def _hash(text: str) -> int:
@@ -93,24 +96,43 @@ def _hash(text: str) -> int:
 
 
 def fingerprint(videos: VideoTable, clips: numpy.ndarray) -> str:
-    """A short text that differs for other clips and for another order."""
-    return f"{len(clips)} clips, {hashlib.blake2b(clip_ids(videos, clips).tobytes(), digest_size=4).hexdigest()}"
+    """A short text that differs for other clips, for another order, and in its last part for other labels. Checkpoints
+    from before labels were kept hold the text without this part."""
+    ids, labels = (hashlib.blake2b(column.tobytes(), digest_size=4).hexdigest() for column in clip_ids(videos, clips).T)
+    return f"{len(clips)} clips, {ids}, labels {labels}"
 
 
-def clips_in_order(videos: VideoTable, clips: numpy.ndarray, ids: numpy.ndarray) -> tuple[numpy.ndarray, int]:
-    """(`clips` in the order of `ids`, how many of `clips` are not among `ids`).
+class ClipsInOrder(NamedTuple):
+    clips: numpy.ndarray  # CLIP [clips]
+    ids: numpy.ndarray  # int64 [clips, 2], as `clip_ids` gives them
+    gone: int  # places whose video is not there
+    new: int  # clips that have no place
+    relabelled: int  # clips that have no place because their label is another one now
+
+
+def clips_in_order(videos: VideoTable, clips: numpy.ndarray, ids: numpy.ndarray) -> ClipsInOrder:
+    """`clips` in the order of `ids`, as `clip_ids` gives them, or without labels in checkpoints from before.
 
     An epoch shuffles places in this list. A run that continues must keep the list, even if a video has come or
-    gone. An id without a clip becomes a clip of NO_VIDEO.
+    gone, or has another label. An id without a clip of its label becomes a clip of NO_VIDEO.
     """
-    own = defaultdict(deque)  # a list may name a video twice
-    for number, clip in enumerate(clip_ids(videos, clips).tolist()):
-        own[clip].append(number)
+    if ids.ndim == 1:
+        ids = numpy.stack([ids, numpy.full_like(ids, UNKNOWN_LABEL)], axis=1)
+    ids, own = ids.copy(), defaultdict(list)  # a list may name a video twice
+    for number, (clip, label) in enumerate(clip_ids(videos, clips).tolist()):
+        own[clip].append((number, label))
     kept = numpy.full(len(ids), numpy.array((NO_VIDEO, RANDOM_PLACE, 0), dtype=CLIP))
-    for place, clip in enumerate(ids.tolist()):
-        if own[clip]:
-            kept[place] = clips[own[clip].popleft()]
-    return kept, sum(map(len, own.values()))
+    without = []
+    for place, (clip, label) in enumerate(ids.tolist()):
+        found = next((mine for mine in own[clip] if label in (mine[1], UNKNOWN_LABEL)), None)
+        if found is None:
+            without.append(clip)
+        else:
+            own[clip].remove(found)
+            kept[place], ids[place, 1] = clips[found[0]], found[1]
+    new, gone = sum(map(len, own.values())), len(without)
+    relabelled = sum(min(count, len(own[clip])) for clip, count in Counter(without).items())
+    return ClipsInOrder(kept, ids, gone - relabelled, new - relabelled, relabelled)
 
 
 def in_checkpoint_order(
@@ -118,22 +140,24 @@ def in_checkpoint_order(
 ) -> tuple[numpy.ndarray, numpy.ndarray]:
     """(clips, their ids) in the order of the checkpoint, as `clips_in_order` gives them.
 
-    If more than a tenth has come or gone, it is another data set, which has its own order from the next epoch on.
-    Raises UserError if that happens in mid-epoch.
+    If more than a tenth has come or gone or has another label, it is another data set, which has its own order from
+    the next epoch on. Raises UserError if that happens in mid-epoch.
     """
-    ids = checkpoint.state["clips"].numpy()
-    kept, new = clips_in_order(videos, clips, ids)
-    gone = int((kept["video"] == NO_VIDEO).sum())
-    if 10 * gone > len(ids) or 10 * new > len(ids):
+    kept, ids, gone, new, relabelled = clips_in_order(videos, clips, checkpoint.state["clips"].numpy())
+    if 10 * (max(gone, new) + relabelled) > len(ids):
+        changes = f"of its {len(ids)} clips {gone} are not there, {new} are new, {relabelled} have another label"
         if checkpoint.state["position"]["clips"] > 0:
             raise UserError(
-                f"{checkpoint.path}: stopped in mid-epoch with another set of training clips: of its {len(ids)} clips "
-                f"{gone} are not there, {new} are new; continue with the same set until the epoch ends"
+                f"{checkpoint.path}: stopped in mid-epoch with another set of training clips: {changes}; continue "
+                "with the same set until the epoch ends"
             )
-        print(f"note: from here the training clips are others: {gone} of {len(ids)} are gone, {new} are new")
+        print(f"note: from here the training clips are others than in {checkpoint.path}: {changes}")
         return clips, clip_ids(videos, clips)
-    if gone:
-        print(f"note: {gone} of {len(ids)} training clips are gone since the run started; their places stay empty")
-    if new:
-        print(f"note: {new} training clips are new since the run started and left out of it")
+    for count, what in (
+        (gone, f"of {len(ids)} training clips are gone since the run started; their places stay empty"),
+        (new, "training clips are new since the run started and left out of it"),
+        (relabelled, f"of {len(ids)} training clips have another label since the run started and are left out of it"),
+    ):
+        if count:
+            print(f"note: {count} {what}")
     return kept, ids

@@ -1,6 +1,7 @@
 """Opening a local video file with FFmpeg, and nothing that such a file may name."""
 
 import os
+import stat
 from pathlib import Path
 
 import av
@@ -22,7 +23,13 @@ class VideoError(UserError):
 
 def open_video(path: str | os.PathLike) -> av.container.InputContainer:
     """Open a local video file for reading. Raises VideoError in one line for anything else."""
-    if not Path(path).is_file():
+    try:
+        is_file = stat.S_ISREG(os.stat(path).st_mode)
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: no file has such a name
+        is_file = False
+    except OSError as error:
+        raise VideoError(f"{path}: cannot be read ({error.strerror})") from error
+    if not is_file:
         raise VideoError(f"{path}: no such file (only local video files are opened)")
     try:
         # "file:" keeps a name such as "concat:a.avi" from being taken for a protocol.

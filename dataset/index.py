@@ -8,6 +8,7 @@ The cache's key is everything that shapes an entry: the file's path, size and mo
 decoder's version and this format's. Each entry has a checksum; an entry that was changed is found anew.
 """
 
+import contextlib
 import itertools
 import json
 import os
@@ -27,6 +28,7 @@ from dataset.decode import RGBConverter, SeekPoint, decoded
 from dataset.jpeg_video import JPEGVideo
 from dataset.packets import FRAMES_BETWEEN_SEEK_POINTS, count_packets
 from dataset.pool import map_in_processes
+from dataset.shards import Shard
 from utils.errors import UserError
 from utils.files import write_atomically
 from utils.progress import Progress
@@ -143,18 +145,30 @@ class VideoIndex:
 
     cache_file None keeps nothing. `lookup` probes what the cache lacks in `workers` processes.
     verify_full: decode every file whole; an entry that was not found so is found anew.
+    shard: keep what is found in a file of the shard's own, beside `cache_file`: shards that write to one file at a time
+    would lose what the others found. A lookup without a shard reads these files and joins them to `cache_file`.
     """
 
-    def __init__(self, cache_file: Path | None, verify_full: bool = False):
+    def __init__(self, cache_file: Path | None, verify_full: bool = False, shard: Shard | None = None):
         self._cache_file = cache_file
         self._verify_full = verify_full
+        self._shard = shard
         self._entries: dict[str, list] = {}  # absolute path: `_entry`
-        if cache_file is not None:
-            self._entries = _read_cache(cache_file)
+        self._of_shards: dict[Path, list[int]] = {}  # their files, as they were read
+        if cache_file is None:
+            return
+        self._entries = _read_cache(cache_file)
+        for file in sorted(cache_file.parent.glob(f"{cache_file.stem}.*-of-*.json")):
+            self._of_shards[file] = _stamp(str(file))
+            self._entries |= _read_cache(file)
+        if shard is not None:
+            self._cache_file = cache_file.with_suffix(f".{shard}.json")
 
     def lookup(self, paths: Sequence[str], workers: int) -> dict[str, VideoInfo]:
         """What is in each file, by path; a file that cannot be read has `error` set."""
         keys = {path: os.path.abspath(path) for path in paths}
+        if self._shard is not None:  # what others have found is theirs to keep
+            self._entries = {key: self._entries[key] for key in keys.values() if key in self._entries}
         for key in keys.values():
             if key in self._entries and not _is_whole(key, self._entries[key]):
                 del self._entries[key]
@@ -174,7 +188,16 @@ class VideoIndex:
             finally:  # an interrupted start keeps what it found
                 if any(self._entries.get(keys[path]) != entry for path, entry in before.items()):
                     self._save()
+        if self._of_shards and self._shard is None:
+            self._join_shards()
         return {path: _info_from_json(self._entries[key][1]) for path, key in keys.items()}
+
+    def _join_shards(self) -> None:
+        with contextlib.suppress(UserError, OSError):  # a folder that may only be read stays as it is
+            self._save()
+            for file, stamp in self._of_shards.items():
+                if _stamp(str(file)) == stamp:  # if not, its shard is at work
+                    file.unlink()
 
     def _serves(self, key: str, stamp: list[int]) -> bool:
         entry = self._entries.get(key)

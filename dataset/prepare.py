@@ -35,30 +35,19 @@ from torchvision.transforms.v2 import functional as F
 
 from dataset.container import VideoError, open_video, reason, video_stream
 from dataset.decode import every_frame
-from dataset.demo import DEMOS, copy_lists, generate_demo
+from dataset.demo import DEMOS, copy_lists
 from dataset.index import probe
 from dataset.jpeg_video import marked
-from dataset.lists import VideoList, read_label_map, read_lists
 from dataset.pool import map_in_processes
-from dataset.splits import VIDEO_SUFFIXES, listed_videos
+from dataset.shards import SHARDS, Shard, ShardResults, listing
+from dataset.splits import VIDEO_SUFFIXES
+from dataset.which_videos import Found, WhichVideos, add_video_flags, find_videos
 from utils.device import cpu_count
 from utils.errors import ArgumentParser, UserError
 from utils.files import write_atomically
 from utils.progress import Progress
 from utils.script import run_script
 
-# Where the data sets are, as in the training scripts; the flags of these names override.
-DATA_ROOT = {
-    "hmdb51": "data/hmdb51/videos", "ucf101": "data/ucf101/UCF-101", "demo": "data/demo",
-    "demo-binding": "data/demo-binding",
-}  # fmt: skip
-ANNOTATION_PATH = {"hmdb51": "data/hmdb51/splits", "ucf101": "data/ucf101/ucfTrainTestlist"}
-TRAIN_LIST = {"kinetics400": "data/kinetics400/kinetics400_train_list_videos.txt"}
-VAL_LIST = {"kinetics400": "data/kinetics400/kinetics400_val_list_videos.txt"}
-TRAIN_ROOT = {"kinetics400": "data/kinetics400/videos_train"}
-VAL_ROOT = {"kinetics400": "data/kinetics400/videos_val"}
-
-SPLITS = (1, 2, 3)
 SUFFIX = ".mov"
 MANIFEST = "prepared.json"
 _FORMAT = 1  # of the files and the manifest
@@ -98,17 +87,7 @@ class Task(NamedTuple):
 def parse_args() -> argparse.Namespace:
     parser = ArgumentParser(description="Convert a data set once into files whose frames are read one by one.")
     # fmt: off
-    add = parser.add_argument_group("which videos: the flags of the training scripts").add_argument
-    add("--dset", required=True, choices=(*DATA_ROOT, "kinetics400", "list"), help="data set")
-    add("--data-root", help="folder with the videos; for lists, the folder that their paths start from")
-    add("--annotation-path", help="folder with the official split files")
-    add("--split", type=int, choices=SPLITS, help="the videos of one split alone; default: of every split")
-    add("--train-list", metavar="FILE", help="`path label`, `path frames label` or the official csv")
-    add("--val-list", metavar="FILE", help="the same for the videos to test on; one of the two lists is enough")
-    add("--train-root", help="folder that the paths of --train-list start from")
-    add("--val-root", help="folder that the paths of --val-list start from")
-    add("--label-map", metavar="FILE", help="class names, one a line")
-    add("--num-classes", type=int, metavar="N", help="number of classes")
+    add = add_video_flags(parser)
     add("--strict", action=argparse.BooleanOptionalAction, default=False, help="stop at a video that cannot be read")
     add("--index-dir", help="not used: the videos are decoded anyway")
     add("--verify", choices=("quick", "full"), default="quick",
@@ -137,75 +116,43 @@ def main() -> int:
     args = parse_args()
     settings = Settings(args.short_side, args.quality, args.limit_fps)
     out = Path(args.out)
-    videos, missing, source = find_videos(args)
-    videos_out = out / "videos" if args.dset in DEMOS else out
-    targets = targets_of(videos, videos_out)
+    videos, missing, source = find_videos(WhichVideos.of(args), args.jobs)
+    targets = targets_of(videos, out / "videos" if args.dset in DEMOS else out)
+    names = {video: str(target.relative_to(out)) for video, target in targets.items()}
     print(f"prepare: {len(targets)} videos, {len(missing)} listed videos are not on disk", flush=True)
+    own = targets
+    if args.shard is not None:
+        own = {video: target for video, target in targets.items() if args.shard.has(names[video])}
+        print(f"prepare: {len(own)} of them in shard {args.shard.number} of {args.shard.count}", flush=True)
     if args.dry_run:
-        predict(targets, settings, args.jobs)
+        if own:  # a shard of few videos may have none
+            predict(own, settings, args.jobs)
         return 0
-    with locked(out):
-        manifest = Manifest(out, settings, source)
-        prepare(targets, missing, manifest, args.jobs, args.strict, args.verify == "full")
+    listed = listing(names.values())
+    with locked(out, shared=args.shard is not None):
+        manifest = Manifest(out, settings, source, listed, args.shard)
+        if args.shard is None:
+            results = prepare(targets, manifest, args.jobs, args.strict, args.verify == "full")
+            conclude(manifest, results, missing)
+        else:
+            shards = ShardResults(out, args.shard, listed)
+            with locked(shards.own_folder):
+                manifest.files |= {name: found for name, found in shards.begin().items() if isinstance(found, list)}
+                shards.end(prepare(own, manifest, args.jobs, args.strict, args.verify == "full"))
+            results, unfinished = shards.collect()
+            if unfinished:
+                print(
+                    f"prepare: shard {args.shard.number} of {args.shard.count} is done; not done, or done with other "
+                    f"videos: {', '.join(map(str, unfinished))}. The last one writes {out / MANIFEST}"
+                )
+            else:
+                conclude(manifest, {name: results[name] for name in names.values()}, missing)
         if args.dset in DEMOS:
             copy_lists(Path(source["data_root"]), out)
     return 0
 
 
-# ---- which videos ---------------------------------------------------------------------------------
-
-
-class Found(NamedTuple):
-    path: str
-    root: str  # of the data set: the target has the same path below --out
-
-
-def find_videos(args: argparse.Namespace) -> tuple[list[Found], list[str], dict]:
-    """(the videos on disk, the listed ones that are not, the flags that name them)."""
-    if args.dset in ("kinetics400", "list"):
-        return _find_listed(args)
-    for flag in ("train_list", "val_list", "train_root", "val_root"):
-        if getattr(args, flag) is not None:
-            raise UserError(f"--{flag.replace('_', '-')}: --dset {args.dset} has no lists; give --data-root")
-    root = args.data_root or DATA_ROOT[args.dset]
-    source = {"dset": args.dset, "data_root": root, "split": args.split}
-    if args.dset in DEMOS:
-        videos, splits = generate_demo(Path(root), DEMOS[args.dset], args.jobs)
-        paths, missing = listed_videos("hmdb51", videos, splits, [1])
-        return [Found(path, str(videos)) for path in paths], missing, source
-    annotations = args.annotation_path or ANNOTATION_PATH[args.dset]
-    splits = [args.split] if args.split else SPLITS
-    paths, missing = listed_videos(args.dset, root, annotations, splits)
-    return [Found(path, root) for path in paths], missing, {**source, "annotation_path": annotations}
-
-
-def _find_listed(args: argparse.Namespace) -> tuple[list[Found], list[str], dict]:
-    dset = args.dset
-    files = {"train": args.train_list or TRAIN_LIST.get(dset), "val": args.val_list or VAL_LIST.get(dset)}
-    if args.train_list or args.val_list:  # one list named: that one alone
-        files = {"train": args.train_list, "val": args.val_list}
-    roots = {
-        "train": args.train_root or args.data_root or TRAIN_ROOT.get(dset),
-        "val": args.val_root or args.data_root or VAL_ROOT.get(dset),
-    }
-    parts = {
-        name: VideoList(name, Path(file), Path(roots[name] or Path(file).parent))
-        for name, file in files.items()
-        if file is not None
-    }
-    if not parts:
-        raise UserError("--train-list or --val-list: --dset list needs at least one, a file of lines `path label`")
-    class_names = read_label_map(Path(args.label_map)) if args.label_map else None
-    if len(parts) == 2:
-        split = read_lists(parts["train"], parts["val"], class_names, args.num_classes)
-        found = {"train": split.train, "val": split.test}
-    else:
-        ((name, part),) = parts.items()
-        split = read_lists(None, part, class_names, args.num_classes)
-        found = {name: split.test}
-    videos = [Found(record.path, str(parts[name].root)) for name, records in found.items() for record in records]
-    source = {"dset": dset, **{f"{n}_list": str(p.file) for n, p in parts.items()}}
-    return videos, split.missing, {**source, **{f"{n}_root": str(p.root) for n, p in parts.items()}}
+# ---- their targets --------------------------------------------------------------------------------
 
 
 def targets_of(videos: list[Found], out: Path) -> dict[str, Path]:
@@ -236,17 +183,20 @@ def targets_of(videos: list[Found], out: Path) -> dict[str, Path]:
 class Manifest:
     """prepared.json: source, settings, versions, counts, and size and number of frames of each file.
 
-    Written when a conversion begins and, with `complete` true, when it ends. Raises UserError for a folder that
-    was prepared with other settings, or that holds other files.
+    Written when a conversion begins and, with `complete` true, when it ends; of shards, when the first begins and when
+    the last ends. Raises UserError for a folder that was prepared with other settings, or that holds other files.
+
+    listed: the videos, as `dataset.shards.listing` names them.
     """
 
-    def __init__(self, folder: Path, settings: Settings, source: dict):
+    def __init__(self, folder: Path, settings: Settings, source: dict, listed: str, shard: Shard | None = None):
         self.folder = folder
         self.settings = settings
         self._path = folder / MANIFEST
         wanted = {"format": _FORMAT, **asdict(settings)}
+        names = os.listdir(folder)  # before the manifest is read: another shard may write it just now
         earlier = self._read()
-        if earlier is None and any(name != MANIFEST for name in os.listdir(folder)):
+        if earlier is None and any(name not in (MANIFEST, SHARDS) and not _is_partial(name) for name in names):
             raise UserError(f"--out {folder}: holds other files and no {MANIFEST}; name a new or an empty folder")
         for name, value in (earlier or {}).get("settings", {}).items():
             if wanted.get(name) != value:
@@ -259,13 +209,15 @@ class Manifest:
         self._content = {
             "settings": wanted,
             "sources": sources if source in sources else [*sources, source],
+            "listed": listed,
             "versions": {
                 "python": platform.python_version(),
                 **{name: version(name) for name in ("av", "torch", "torchvision", "numpy", "pillow")},
                 "libavcodec": ".".join(map(str, av.library_versions["libavcodec"])),
             },
         }
-        self.write(complete=False)
+        if shard is None or earlier is None or earlier.get("listed") != listed:
+            self.write(complete=False)
 
     def _read(self) -> dict | None:
         try:
@@ -278,8 +230,11 @@ class Manifest:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{self._path}: is not a manifest of prepared files; name another folder") from error
 
+    def name_of(self, target: Path) -> str:
+        return str(target.relative_to(self.folder))
+
     def known(self, target: Path) -> tuple[int, int] | None:
-        entry = self.files.get(str(target.relative_to(self.folder)))
+        entry = self.files.get(self.name_of(target))
         return tuple(entry) if isinstance(entry, list) and len(entry) == 2 else None
 
     def write(self, complete: bool, **counts: int) -> None:
@@ -290,9 +245,13 @@ class Manifest:
             raise UserError(f"{self._path}: cannot be written ({error.strerror})") from error
 
 
+def _is_partial(name: str) -> bool:
+    return name.startswith(f".{MANIFEST}.")  # as `write_atomically` begins it
+
+
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """The folder, made if need be, for this process alone."""
+def locked(folder: Path, shared: bool = False) -> Iterator[None]:
+    """The folder, made if need be, for this process alone, or for it and all others that take it `shared`."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         handle = os.open(folder, os.O_RDONLY)
@@ -301,7 +260,7 @@ def locked(folder: Path) -> Iterator[None]:
     try:
         for waited in range(_SECONDS_FOR_ANOTHER_TO_LEAVE + 1):
             try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
                 break
             except OSError as error:
                 if error.errno not in (errno.EACCES, errno.EAGAIN):
@@ -315,13 +274,15 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def prepare(
-    targets: dict[str, Path], missing: list[str], manifest: Manifest, jobs: int, strict: bool, verify_full: bool
-) -> None:
-    """Convert what is not there yet; then write unreadable.txt, missing.txt and the complete manifest.
+    targets: dict[str, Path], manifest: Manifest, jobs: int, strict: bool, verify_full: bool
+) -> dict[str, list[int] | str]:
+    """Convert what is not there yet. Returns, by the target's path below the folder, its bytes and frames, or the error
+    of an unreadable video.
 
     Raises UserError if the disk is full, or, under `strict`, at the first unreadable video.
     """
-    _remove_partial_files(manifest.folder)
+    own = {f".{target.name}.tmp" for target in targets.values()}
+    _remove_partial_files(manifest.folder, own)
     for folder in sorted({target.parent for target in targets.values()}):
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -352,15 +313,21 @@ def prepare(
                 rate = len(outcomes) / max(time.monotonic() - start, 1e-3)
                 progress.advance(rate=f"{rate:.1f} videos/s", there=f"{written / 1e9:.2f} GB")
     finally:  # Ctrl-C, SIGTERM, a full disk: nothing half-written stays
-        _remove_partial_files(manifest.folder)
-    unreadable = []
+        _remove_partial_files(manifest.folder, own)
+    results = {}
     for source, target in targets.items():
-        name, outcome = str(target.relative_to(manifest.folder)), outcomes[source]
+        outcome = outcomes[source]
+        results[manifest.name_of(target)] = outcome.error or [outcome.file_bytes, outcome.frames]
+    return results
+
+
+def conclude(manifest: Manifest, results: dict[str, list[int] | str], missing: list[str]) -> None:
+    """Write unreadable.txt, missing.txt and the complete manifest. results: as `prepare` returns them."""
+    unreadable = [result for result in results.values() if isinstance(result, str)]
+    for name, result in results.items():
         manifest.files.pop(name, None)
-        if outcome.error:
-            unreadable.append(outcome.error)
-        else:
-            manifest.files[name] = [outcome.file_bytes, outcome.frames]
+        if not isinstance(result, str):
+            manifest.files[name] = result
     _write_list(manifest.folder / "unreadable.txt", unreadable)
     _write_list(manifest.folder / "missing.txt", missing)
     total_bytes = sum(size for size, _ in manifest.files.values())
@@ -380,9 +347,10 @@ def prepare(
             print(f"prepare: {len(lines)} {meaning}, the first: {lines[0]} (all in {manifest.folder / name})")
 
 
-def _remove_partial_files(folder: Path) -> None:
+def _remove_partial_files(folder: Path, names: set[str]) -> None:
     for partial in folder.rglob(f".*{SUFFIX}.tmp"):
-        partial.unlink(missing_ok=True)
+        if partial.name in names:  # not of a shard that is at work
+            partial.unlink(missing_ok=True)
 
 
 def _write_list(path: Path, lines: list[str]) -> None:

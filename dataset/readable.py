@@ -24,8 +24,8 @@ def readable_videos(
     write_list: takes a file name and lines and returns the file; None keeps no lists.
     val_fraction, seed: as for `dataset.splits.cut_validation`, of the training videos.
 
-    Prints how many videos are missing, not on the lists, unreadable or damaged, and the first of each. Raises
-    UserError if no video to train on, or none to test on, can be read.
+    Prints how many videos are missing, not on the lists, unreadable or damaged, how many classes have no video to
+    train on, and the first of each. Raises UserError if no video to train on, or none to test on, can be read.
     """
     infos = index.lookup([record.path for record in split.train + split.test], workers=cpu_count())
     print(f"data: {split.classes_on_disk()} of {len(split.classes)} classes have videos on disk")
@@ -49,4 +49,10 @@ def readable_videos(
             first = f", the first: {unreadable[0]}" if unreadable else ""
             raise UserError(f"none of the {len(before)} videos to {part} on can be read{first}")
     train, val = cut_validation(train, val_fraction, seed) if train and val_fraction > 0 else (train, [])
+    trained = {video.label for video in train}
+    untrained = [name for label, name in enumerate(split.classes) if label not in trained]
+    if train and untrained:
+        print(
+            f"note: {len(untrained)} of {len(split.classes)} classes have no video to train on, such as {untrained[0]}"
+        )
     return tuple(VideoTable(part, [infos[video.path] for video in part]) for part in (train, val, test))

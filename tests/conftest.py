@@ -1,6 +1,7 @@
 """What the tests share: real clips where they are at hand, and a small generated data set."""
 
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,14 @@ def tiny_lists(tiny_demo) -> dict:
     """Flags of train_kinetics.py: the same videos as lists."""
     folder = tiny_demo[0].parent
     return {"--dset": "list", "--train-list": folder / "train.txt", "--val-list": folder / "val.txt"}
+
+
+@pytest.fixture
+def open_folder():
+    """A folder that every user may look into, as `tmp_path` is not; for tests of permissions."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        yield Path(folder)
 
 
 @pytest.fixture

@@ -131,7 +131,11 @@ def find_checkpoint(resume: str | None, folder: Path, needed: bool = False) -> C
     if found.path.resolve().parent == folder.resolve() and best.exists():
         try:
             newer = load_checkpoint(best)
+            selection = found.state.get("selection")
             found.state.update({name: newer[name] for name in ("best", "selection") if name in newer})
+            # best.pt may be from before labels were kept, and the run was continued since: it knows the labels then.
+            if selection and selection.startswith(found.state["selection"]):
+                found.state["selection"] = selection
         except DamagedCheckpointError as error:
             print(f"note: {error}")
     return found

@@ -2,10 +2,19 @@
 
 import contextlib
 import os
+import secrets
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from utils.errors import UserError
+
+
+def cache_folder() -> Path:
+    """The folder of what can be found or computed again. Raises UserError for a user without a home folder."""
+    folder = os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    if folder.startswith("~"):  # as in a container whose user id is in no list of users
+        raise UserError("HOME is not set, and this user has no home folder: set XDG_CACHE_HOME to a writable folder")
+    return Path(folder, "respike")
 
 
 @contextlib.contextmanager
@@ -22,7 +31,8 @@ def write_atomically(path: Path, content: bytes, before_renaming: Callable[[], N
 
     Raises OSError; the neighbour is removed and `path` untouched then.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # Several machines may write to one folder, and processes of two containers may have one number.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
         with open(temporary, "wb") as file:
             file.write(content)

@@ -104,7 +104,8 @@ class RunFolder:
         if not lines:
             return
         file = self.path / name
-        earlier = file.read_text(errors="surrogateescape").splitlines() if file.exists() else []
+        # Not `splitlines`: a name may hold U+2028 and others that end lines elsewhere.
+        earlier = file.read_text(errors="surrogateescape").rstrip("\n").split("\n") if file.exists() else []
         self.write_list(name, list(dict.fromkeys([*earlier, *lines])))
 
     def write_result(self, result: dict) -> None:

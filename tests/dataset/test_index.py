@@ -12,6 +12,8 @@ from dataset.decode import decode_frames
 from dataset.index import VideoIndex, VideoInfo, _Found, probe
 from dataset.jpeg_video import JPEGVideo
 from dataset.prepare import Settings, convert
+from dataset.shards import Shard
+from tests.helpers.script import without_privileges
 from utils.errors import UserError
 
 
@@ -143,6 +145,72 @@ def test_an_interrupted_start_keeps_what_it_found(videos, tmp_path, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         VideoIndex(cache).lookup(videos, workers=1)
     assert list(json.loads(cache.read_text())["files"]) == videos[:1]
+
+
+def never_again(paths, workers, whole):
+    raise AssertionError(f"probed again: {paths}")
+
+
+def test_shards_write_files_of_their_own_that_the_next_lookup_joins(videos, tmp_path, monkeypatch):
+    """Each has read the index before the others write: in one file, the last would undo what the others found."""
+    cache = tmp_path / "index.json"
+    VideoIndex(cache).lookup(videos[:1], workers=1)
+    shards = [VideoIndex(cache, shard=Shard(number, 2)) for number in (1, 2)]
+    for shard, part in zip(shards, (videos[:2], videos[2:4]), strict=True):
+        shard.lookup(part, workers=1)
+    files = {file.name: set(json.loads(file.read_text())["files"]) for file in tmp_path.glob("index*.json")}
+    assert files == {
+        "index.json": set(videos[:1]), "index.1-of-2.json": set(videos[:2]), "index.2-of-2.json": set(videos[2:4])
+    }  # fmt: skip
+    monkeypatch.setattr(index_module, "_probe_all", never_again)
+    assert [info.frames for info in VideoIndex(cache).lookup(videos[:4], workers=1).values()] == [10] * 4
+    assert [file.name for file in tmp_path.glob("index*.json")] == ["index.json"]
+    assert set(json.loads(cache.read_text())["files"]) == set(videos[:4])
+
+
+def test_a_shard_that_was_stopped_goes_on(videos, tmp_path, monkeypatch):
+    cache = tmp_path / "index.json"
+
+    def interrupted(paths, workers, whole):
+        yield paths[0], probe(paths[0]), True
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(index_module, "_probe_all", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            VideoIndex(cache, shard=Shard(1, 2)).lookup(videos[:3], workers=1)
+    probed = []
+    original = index_module._probe_all
+    monkeypatch.setattr(index_module, "_probe_all", lambda paths, *more: probed.extend(paths) or original(paths, *more))
+    VideoIndex(cache, shard=Shard(1, 2)).lookup(videos[:3], workers=1)
+    assert probed == videos[1:3]
+
+
+def test_a_shard_at_work_keeps_its_file(videos, tmp_path, monkeypatch):
+    cache, file = tmp_path / "index.json", tmp_path / "index.1-of-2.json"
+    shard = VideoIndex(cache, shard=Shard(1, 2))
+    shard.lookup(videos[:1], workers=1)
+    training = VideoIndex(cache)
+    shard.lookup(videos[1:2], workers=1)  # after the training has read the shard's file
+    training.lookup(videos[:1], workers=1)
+    assert file.exists()
+    monkeypatch.setattr(index_module, "_probe_all", never_again)
+    assert len(VideoIndex(cache).lookup(videos[:2], workers=1)) == 2 and not file.exists()
+
+
+def test_a_folder_that_may_only_be_read_serves_the_shards_files(videos, open_folder):
+    (open_folder / "videos").mkdir()
+    here = [shutil.copy(path, open_folder / "videos") for path in videos[:2]]
+    for number, path in enumerate(here, start=1):
+        VideoIndex(open_folder / "index.json", shard=Shard(number, 2)).lookup([path], workers=1)
+    open_folder.chmod(0o555)
+    try:
+        with without_privileges():
+            found = VideoIndex(open_folder / "index.json").lookup(here, workers=1)
+    finally:
+        open_folder.chmod(0o755)
+    assert [info.frames for info in found.values()] == [10, 10]
+    assert len(list(open_folder.glob("index.*-of-2.json"))) == 2
 
 
 TAMPERED = {

@@ -1,6 +1,7 @@
 import pytest
 
 from dataset.splits import cut_validation, drop, read_hmdb51, read_ucf101
+from tests.helpers.script import without_privileges
 from utils.errors import UserError
 
 
@@ -112,6 +113,63 @@ def test_drop(tmp_path):
     assert [r.path for r in drop(split, [split.train[0].path]).train] == [split.train[1].path]
 
 
+def test_a_listed_video_is_found_whatever_its_suffix(tmp_path):
+    data = make_hmdb51(tmp_path, {"wave": {"a.ogv": 1, "b": 2}, "run": {"c.strange": 1}}, ["wave/a.ogv", "wave/b"])
+    (data[0] / "run").mkdir()
+    (data[0] / "run/c.strange").write_bytes(b"")
+    split = read_hmdb51(*data, 1)
+    assert [video.name for video in split.train] == ["run/c.strange", "wave/a.ogv"] and not split.missing
+    assert [video.name for video in split.test] == ["wave/b"] and not split.unlisted
+
+
+def test_videos_that_are_listed_twice_are_told(tmp_path, capsys):
+    root, lists = make_hmdb51(tmp_path, {"wave": {"a.avi": 1, "b.avi": 2}}, ["wave/a.mov", "wave/b.avi"])
+    (lists / "wave_test_split1.txt").write_text("a.avi 1\na.mp4 1\nb.avi 2\n")
+    assert len(read_hmdb51(root, lists, 1).train) == 2
+    assert f"lists 1 videos more than once, and each line counts; the first: {root}/wave/a.mov" in (
+        capsys.readouterr().out
+    )
+    (lists / "wave_test_split1.txt").write_text("a.avi 1\na.mp4 2\nb.avi 2\n")
+    with pytest.raises(UserError, match=r"wave/a\.mp4 is listed both to train and to test on"):
+        read_hmdb51(root, lists, 1)
+
+
+def test_files_that_macos_leaves_beside_others_are_no_videos_and_no_lists(tmp_path):
+    root, lists = make_hmdb51(tmp_path, {"run": {"a.avi": 1, "b.avi": 2}}, ["run/a.avi", "run/b.avi", "run/._a.avi"])
+    (lists / "._run_test_split1.txt").write_bytes(b"\0\5\x16\7\0\2Mac OS X\0")
+    split = read_hmdb51(root, lists, 1)
+    assert split.classes == ["run"] and len(split.train) == 1 and split.unlisted == []
+
+
+def test_a_class_folder_without_permission_is_not_missing(open_folder):
+    root, lists = make_hmdb51(
+        open_folder, {"run": {"a.avi": 1, "b.avi": 2}, "wave": {"c.avi": 1}}, ["run/a.avi", "run/b.avi", "wave/c.avi"]
+    )
+    (root / "wave").chmod(0)
+    try:
+        with without_privileges():
+            split = read_hmdb51(root, lists, 1)
+    finally:
+        (root / "wave").chmod(0o755)
+    assert [video.name for video in split.train] == ["run/a.avi", "wave/c.avi"] and not split.missing
+
+
+def test_split_files_without_permission_are_one_line(open_folder):
+    root, lists = make_hmdb51(open_folder, {"run": {"a.avi": 1, "b.avi": 2}}, ["run/a.avi", "run/b.avi"])
+    lists.chmod(0)
+    try:
+        with without_privileges(), pytest.raises(UserError, match=r"splits: cannot be read \(Permission denied\)"):
+            read_hmdb51(root, lists, 1)
+    finally:
+        lists.chmod(0o755)
+
+
+def test_a_class_that_comes_twice_is_refused(tmp_path):
+    (tmp_path / "classInd.txt").write_text("1 Archery\n2 Archery\n")
+    with pytest.raises(UserError, match=r"classInd\.txt: the class `Archery` comes 2 times"):
+        read_ucf101(tmp_path, tmp_path, 1)
+
+
 def test_refusals(tmp_path):
     root, lists = make_hmdb51(
         tmp_path, {"wave": {"a.avi": 1, "b.avi": 2}, "run": {"c.avi": 1}}, ["wave/a.avi", "wave/b.avi"]
@@ -136,5 +194,5 @@ def test_refusals(tmp_path):
     (lists / "wave_test_split1.txt").write_text("x.avi 1\ny.avi 2\n")
     with pytest.raises(UserError, match="holds none of the videos to train on"):
         read_hmdb51(root, lists, 1)
-    with pytest.raises(UserError, match=r"classInd\.txt: cannot be read"):
+    with pytest.raises(UserError, match=r"classInd\.txt: no such file"):
         read_ucf101(root, lists, 1)

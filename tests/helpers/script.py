@@ -171,3 +171,15 @@ def comparable(run: Path) -> list[dict]:
 def same_weights(run: Path, other: Path) -> bool:
     a, b = (load_checkpoint(folder / "last.pt")["model"] for folder in (run, other))
     return all(torch.equal(a[name], b[name]) for name in a) and a.keys() == b.keys()
+
+
+@contextlib.contextmanager
+def without_privileges():
+    """Root may read everything; within, a test that runs as root is a user who may not."""
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(user)

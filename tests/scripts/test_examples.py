@@ -1,6 +1,8 @@
-"""examples/slurm.sh, with stand-ins for Slurm's commands: two nodes of one process each."""
+"""The examples for Slurm, with stand-ins for its commands: two nodes of one process each, an array of 16 jobs."""
 
+import importlib
 import os
+import re
 import signal
 import subprocess
 import time
@@ -8,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import train_kinetics
 from tests.helpers.script import ROOT
 
 STANDINS = {
@@ -76,12 +79,32 @@ def test_a_warning_is_handed_on_and_the_job_queued_again(tmp_path):
 
 
 def test_its_flags_exist(monkeypatch):
-    import re
-
-    import train_kinetics
-
     text = (ROOT / "examples/slurm.sh").read_text()
     command = re.search(r"python (train_kinetics\.py .*?)\n\)", text, re.DOTALL).group(1)
     monkeypatch.setattr("sys.argv", command.split())
     args = train_kinetics.parse_args()
     assert (args.resume, args.checkpoint_minutes, args.batch_size, args.workers) == ("auto", 15.0, 16, 14)
+
+
+def test_each_job_of_the_array_has_its_shard(tmp_path):
+    """Also if only two of them are started again."""
+    text = (ROOT / "examples/shards.sh").read_text()
+    count = re.search(r"#SBATCH --array=1-(\d+)\n", text)[1]
+    (tmp_path / "python").write_text('#!/bin/bash\necho "$*"; exit 3\n')
+    (tmp_path / "python").chmod(0o755)
+    job = {"SLURM_ARRAY_TASK_ID": "7", "SLURM_ARRAY_TASK_COUNT": "2", "SLURM_CPUS_PER_TASK": "16"}
+    environment = {**os.environ, **job, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    for command in re.findall(r"^#     sbatch (?:--array=4,7 )?examples/shards\.sh (.*)$", text, re.MULTILINE):
+        ran = subprocess.run(
+            ["bash", "examples/shards.sh", *command.split()], cwd=ROOT, env=environment, capture_output=True, text=True
+        )
+        assert ran.stdout == f"-m {command} --shard 7/{count} --jobs 16\n" and ran.returncode == 3
+
+
+@pytest.mark.parametrize("name", ["prepare", "build_index"])
+def test_the_arrays_flags_exist(monkeypatch, name):
+    module = importlib.import_module(f"dataset.{name}")
+    text = (ROOT / "examples/shards.sh").read_text()
+    flags = re.search(rf"^#     sbatch examples/shards\.sh dataset\.{name} (.*)$", text, re.MULTILINE)[1]
+    monkeypatch.setattr("sys.argv", [name, *flags.split(), "--shard", "7/16", "--jobs", "16"])
+    assert module.parse_args().shard == (7, 16)

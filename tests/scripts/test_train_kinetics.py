@@ -195,6 +195,22 @@ def test_a_video_deleted_and_one_corrupted_in_mid_epoch(monkeypatch, capfd, list
     assert err.count("warning: left out: ") == 2 and len(metrics(folder)) == 3
 
 
+def test_labels_that_were_changed_in_mid_epoch_are_refused(monkeypatch, capfd, list_flags, stopped, tmp_path):
+    """Paths, order and number of the videos are the same; classes 0 and 1 have changed places."""
+    copy_run(stopped, list_flags["--run-dir"])
+    lines = [line.rsplit(" ", 1) for line in Path(list_flags["--train-list"]).read_text().splitlines()]
+    swapped = tmp_path / "train.txt"
+    swapped.write_text("".join(f"{path} {({'0': '1', '1': '0'}).get(label, label)}\n" for path, label in lines))
+    root = Path(list_flags["--train-list"]).parent
+    refused(
+        monkeypatch,
+        capfd,
+        list_flags | {"--train-list": swapped, "--train-root": root, "--resume": "auto"},
+        r"last\.pt: stopped in mid-epoch with another set of training clips: of its 24 clips 0 are not there, 0 are "
+        r"new, 6 have another label; continue",
+    )
+
+
 def test_a_data_loading_process_is_killed(monkeypatch, capfd, list_flags):
     folder = Path(list_flags["--run-dir"])
     with monkeypatch.context() as patch:

@@ -213,3 +213,18 @@ def test_auto_with_nothing_or_nothing_whole(tmp_path, capsys):
     with pytest.raises(UserError, match=r"last\.pt: not a readable checkpoint"):
         find_checkpoint("auto", tmp_path)
     assert (tmp_path / "last.pt").exists()
+
+
+@pytest.mark.parametrize(
+    "last, best, found",
+    [
+        ("8 clips, aa, labels bb", "8 clips, aa", "8 clips, aa, labels bb"),  # best.pt is from before labels were kept
+        ("8 clips, aa, labels bb", "8 clips, aa, labels cc", "8 clips, aa, labels cc"),
+        ("8 clips, dd, labels bb", "8 clips, aa", "8 clips, aa"),
+        ("8 clips, aa", "8 clips, aa", "8 clips, aa"),
+    ],
+)
+def test_what_the_best_was_chosen_on(tmp_path, last, best, found):
+    for name, selection in (("last.pt", last), ("best.pt", best)):
+        save_checkpoint(tmp_path / name, {"model_settings": {}, "best": 1.0, "selection": selection})
+    assert find_checkpoint("auto", tmp_path).state["selection"] == found

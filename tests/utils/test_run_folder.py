@@ -96,3 +96,12 @@ def test_what_is_no_run_of_this_project_is_not_overwritten(tmp_path):
     (tmp_path / "best.pt").rename(tmp_path / "other.pt")
     RunFolder(tmp_path, resuming=False, overwrite=True).begin(0)
     assert {"other.pt", "notes.txt"} <= {file.name for file in tmp_path.iterdir()}
+
+
+@pytest.mark.parametrize("character", ["\u2028", "\x85", "\x0c", "\udcff"])
+def test_names_with_characters_that_end_lines_elsewhere_stay_whole(tmp_path, character):
+    run = RunFolder(tmp_path, resuming=False, overwrite=False)
+    for lines in (["one: gone"], [f"a{character}b.avi: gone"], ["one: gone", "two: gone"]):
+        run.add_to_list("broken.txt", lines)
+    written = (tmp_path / "broken.txt").read_bytes().decode(errors="surrogateescape")
+    assert written == f"one: gone\na{character}b.avi: gone\ntwo: gone\n"

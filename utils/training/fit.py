@@ -47,7 +47,7 @@ class TrainingState:
     scaler: torch.amp.GradScaler
     runtime: Runtime
     settings: dict  # of the network; a checkpoint with others is refused
-    clip_ids: numpy.ndarray  # of the training clips (`dataset.clips.clip_ids`), whose order an epoch shuffles
+    clip_ids: numpy.ndarray  # and labels of the training clips (`dataset.clips.clip_ids`); an epoch shuffles the order
     evaluated_clips: str  # fingerprint of the clips that the best epoch is chosen on
     flags: dict  # of the script
     position: TrainPosition
@@ -133,10 +133,11 @@ class TrainingState:
                 print(f"note: {name} was {before}, is now {value}")
         # A best epoch later than this checkpoint comes from a continuation that was abandoned; ignore it.
         is_past = state["best"] is not None and state["best"]["epoch"] is not None and state["best"]["epoch"] <= epoch
-        if is_past and state["selection"] == self.evaluated_clips:
+        # An earlier checkpoint's fingerprint ends before the labels: whether they are the same is not known then.
+        if is_past and self.evaluated_clips.startswith(state["selection"]):
             self.best = state["best"]
         elif epoch > 0:
-            print("note: there is no best epoch so far on these videos; it is chosen from here on")
+            print("note: there is no best epoch so far on these videos and labels; it is chosen from here on")
 
 
 def cosine_with_warmup(epoch: int, epochs: int, warmup_epochs: int) -> float:

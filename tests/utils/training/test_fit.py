@@ -155,6 +155,23 @@ def test_another_momentum_is_noted(saved, capsys):
     assert "note: --momentum was 0.5, is now 0.9" in capsys.readouterr().out
 
 
+SELECTIONS = {
+    "the same": ("19 clips, aa, labels bb", True),
+    "from before labels were kept": ("19 clips, aa", True),
+    "other labels": ("19 clips, aa, labels cc", False),
+    "other clips": ("19 clips, cc, labels bb", False),
+}
+
+
+@pytest.mark.parametrize("selection, counts", SELECTIONS.values(), ids=SELECTIONS.keys())
+def test_a_best_epoch_counts_on_the_same_videos_with_the_same_labels(saved, capsys, selection, counts):
+    into = state()
+    into.evaluated_clips = "19 clips, aa, labels bb"
+    into.restore(Checkpoint("last.pt", saved | {"best": {"epoch": 0, "video_top1": 62.5}, "selection": selection}))
+    assert (into.best["epoch"] == 0) == counts
+    assert ("there is no best epoch so far on these videos and labels" in capsys.readouterr().out) != counts
+
+
 DAMAGE = {
     "shape": (lambda s: s["model"].update({"layer.weight": torch.zeros(3, 5)}), "size mismatch for layer.weight"),
     "missing": (lambda s: s["model"].pop("layer.bias"), "Missing key"),
