@@ -7,6 +7,7 @@ Any reason for doubt gives None, and `dataset.index` decodes the file:
 - a timestamp is missing or repeated, or does not fit the order of keyframes
 - a packet does not hold exactly one picture (two fields, packed B-frames, frames that are not coded), or its units do
   not fill it, or what it calls a keyframe is none from which everything after it decodes alone
+- a packet brings parameters (size, colours, coding) that are not the file's own: frames after a seek would lack them
 - the first frames, which are decoded, do not come out one a packet, in the order of their timestamps
 
 Damage inside of a picture does not show in packets.
@@ -14,6 +15,7 @@ Damage inside of a picture does not show in packets.
 
 import itertools
 import os
+import re
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -25,7 +27,9 @@ from dataset.decode import RGBConverter, SeekPoint, decoded
 FRAMES_BETWEEN_SEEK_POINTS = 10  # nearer ones save less than they cost; a file of keyframes would be all seek points
 _FRAMES_DECODED = 8
 _SLICE, _IDR_SLICE, _SEI = 1, 5, 6
+_PARAMETER_SETS = (7, 8, 13, 15)
 _RECOVERY_POINT = 6  # kind of SEI message
+_VIDEO_OBJECT_LAYER = re.compile(rb"\x00\x00\x01[\x20-\x2f].*?(?=\x00\x00\x01)", re.DOTALL)  # start code and parameters
 
 
 class PacketCount(NamedTuple):
@@ -78,6 +82,8 @@ def _read_packets(container, stream, is_key) -> list[tuple[int, bool]] | None:
         key = is_key(bytes(packet))
         if key is None or packet.pts is None or packet.is_corrupt or packet.is_discard or key != packet.is_keyframe:
             return None
+        if packet.has_sidedata("new_extradata"):
+            return None
         packets.append((packet.pts, key))
     return packets or None
 
@@ -117,14 +123,14 @@ def _picture_reader(codec) -> Callable[[bytes], bool | None] | None:
     """A function of a packet: whether its one picture is a keyframe, or None for doubt."""
     extradata = codec.extradata or b""
     if codec.name == "h264" and len(extradata) > 4 and extradata[0] == 1:
-        return lambda packet: _h264_is_key(packet, (extradata[4] & 3) + 1)
+        return lambda packet: _h264_is_key(packet, (extradata[4] & 3) + 1, extradata)
     if codec.name == "mpeg4":
         macroblocks = -(-codec.width // 16) * -(-codec.height // 16)
-        return lambda packet: _mpeg4_is_key(packet, macroblocks)
+        return lambda packet: _mpeg4_is_key(packet, macroblocks, extradata)
     return None
 
 
-def _h264_is_key(packet: bytes, length_bytes: int) -> bool | None:
+def _h264_is_key(packet: bytes, length_bytes: int, extradata: bytes) -> bool | None:
     """ITU-T H.264, 7.3.1 and 7.3.3; lengths as in ISO/IEC 14496-15."""
     place = slices = firsts = idr = 0
     recovers = False
@@ -139,6 +145,8 @@ def _h264_is_key(packet: bytes, length_bytes: int) -> bool | None:
             idr += kind == _IDR_SLICE
             firsts += packet[begin + 1] >> 7  # first_mb_in_slice 0 is the one bit 1
         elif kind in (2, 3, 4):  # data partitions
+            return None
+        elif kind in _PARAMETER_SETS and packet[begin:place] not in extradata:
             return None
         elif kind == _SEI:
             recovers = recovers or _has_recovery_point(packet[begin:place])
@@ -165,10 +173,13 @@ def _has_recovery_point(sei: bytes) -> bool:
     return False
 
 
-def _mpeg4_is_key(packet: bytes, macroblocks: int) -> bool | None:
+def _mpeg4_is_key(packet: bytes, macroblocks: int, extradata: bytes) -> bool | None:
     """ISO/IEC 14496-2, 6.2.5. A picture that is not coded is shorter than one bit a macroblock."""
     if packet.count(b"\0\0\1\xb6") != 1 or 8 * len(packet) < macroblocks:
         return None
     place = packet.index(b"\0\0\1\xb6") + 4
     coding = packet[place] >> 6 if place < len(packet) else 2
-    return None if coding == 2 else coding == 0  # B-frames give doubt; I-frames are keyframes
+    if coding == 0:  # an I-frame: a keyframe
+        own = all(layer in extradata for layer in _VIDEO_OBJECT_LAYER.findall(packet[:place]))
+        return True if own else None
+    return None if coding == 2 else False  # B-frames give doubt
