@@ -31,6 +31,9 @@ class SeekPoint(NamedTuple):
     pts: int  # presentation timestamp, in the stream's time base
 
 
+TimedFrame = tuple[Fraction | None, numpy.ndarray]  # timestamp in seconds, None if the file gives none; [H, W, 3]
+
+
 def decode_frames(
     path: str | os.PathLike, indices: Sequence[int], seek_points: Sequence[SeekPoint] = ()
 ) -> numpy.ndarray:
@@ -55,7 +58,7 @@ def decode_frames(
             return _clip(wanted_frames(path, sorted(set(indices)), ()), indices)
     except VideoError:
         raise
-    except (av.error.FFmpegError, OSError, ValueError) as error:
+    except (av.error.FFmpegError, OSError, ValueError, MemoryError) as error:
         raise VideoError(f"{path}: cannot be decoded ({reason(error)})") from error
 
 
@@ -80,8 +83,8 @@ def every_frame(path: str | os.PathLike) -> Iterator[numpy.ndarray]:
         yield frame
 
 
-def timed_frames(path: str | os.PathLike) -> Iterator[tuple[Fraction | None, numpy.ndarray]]:
-    """(timestamp in seconds, None if the file gives none; frame) of each frame of `every_frame`."""
+def timed_frames(path: str | os.PathLike) -> Iterator[TimedFrame]:
+    """Each frame of `every_frame` with its timestamp."""
     try:
         with open_video(path) as container:
             stream = video_stream(container, path)
@@ -96,7 +99,7 @@ def timed_frames(path: str | os.PathLike) -> Iterator[tuple[Fraction | None, num
                 yield None if frame.pts is None else frame.pts * frame.time_base, to_rgb(frame)
     except VideoError:
         raise
-    except (av.error.FFmpegError, OSError, ValueError) as error:
+    except (av.error.FFmpegError, OSError, ValueError, MemoryError) as error:
         raise VideoError(f"{path}: cannot be decoded ({reason(error)})") from error
 
 

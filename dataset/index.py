@@ -8,7 +8,6 @@ The cache's key is everything that shapes an entry: the file's path, size and mo
 decoder's version and this format's. Each entry has a checksum; an entry that was changed is found anew.
 """
 
-import itertools
 import json
 import os
 import time
@@ -96,7 +95,7 @@ def probe(path: str | os.PathLike) -> VideoInfo:
         seek_points = tuple(p for p in candidates if _seek_is_exact(path, p, checksums)) if seekable else ()
     except VideoError:
         raise
-    except (av.error.FFmpegError, OSError, ValueError) as error:
+    except (av.error.FFmpegError, OSError, ValueError, MemoryError) as error:
         raise VideoError(f"{path}: cannot be decoded ({reason(error)})") from error
     if not frames:
         raise VideoError(f"{path}: holds no decodable frame")

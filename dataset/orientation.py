@@ -26,10 +26,22 @@ class Orientation(NamedTuple):
         return picture[::-1] if self.upside_down else picture
 
 
+# By quarter turns, counter-clockwise.
+_TURNS = (
+    Orientation(),
+    Orientation(transposed=True, upside_down=True),
+    Orientation(mirrored=True, upside_down=True),
+    Orientation(transposed=True, mirrored=True),
+)
+
+
 def orientation_of(frame: av.VideoFrame) -> Orientation:
     """The nearest of the eight orientations to the frame's display matrix (ISO/IEC 14496-12, 6.2.2; AVDisplayMatrix
     in FFmpeg): a stored point (x, y), y down, is shown at (a x + c y, b x + d y). Scaling is ignored."""
-    matrix = frame.side_data.get("DISPLAYMATRIX")
+    try:
+        matrix = frame.side_data.get("DISPLAYMATRIX")
+    except ValueError:  # PyAV gives none of a frame's side data if one is of a kind that it does not know, such as EXIF
+        return _TURNS[round(frame.rotation / 90) % 4]
     if matrix is None:
         return Orientation()
     a, b, _, c, d = numpy.frombuffer(matrix, dtype=numpy.int32)[:5].tolist()

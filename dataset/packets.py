@@ -27,7 +27,7 @@ from dataset.decode import RGBConverter, SeekPoint, decoded
 FRAMES_BETWEEN_SEEK_POINTS = 10  # nearer ones save less than they cost; a file of keyframes would be all seek points
 _FRAMES_DECODED = 8
 _SLICE, _IDR_SLICE, _SEI = 1, 5, 6
-_PARAMETER_SETS = (7, 8, 13, 15)
+_DATA_PARTITIONS, _PARAMETER_SETS = (2, 3, 4), (7, 8, 13, 15)
 _RECOVERY_POINT = 6  # kind of SEI message
 _VIDEO_OBJECT_LAYER = re.compile(rb"\x00\x00\x01[\x20-\x2f].*?(?=\x00\x00\x01)", re.DOTALL)  # start code and parameters
 
@@ -144,9 +144,7 @@ def _h264_is_key(packet: bytes, length_bytes: int, extradata: bytes) -> bool | N
             slices += 1
             idr += kind == _IDR_SLICE
             firsts += packet[begin + 1] >> 7  # first_mb_in_slice 0 is the one bit 1
-        elif kind in (2, 3, 4):  # data partitions
-            return None
-        elif kind in _PARAMETER_SETS and packet[begin:place] not in extradata:
+        elif kind in _DATA_PARTITIONS or (kind in _PARAMETER_SETS and packet[begin:place] not in extradata):
             return None
         elif kind == _SEI:
             recovers = recovers or _has_recovery_point(packet[begin:place])
