@@ -8,6 +8,7 @@ from dataset.container import open_video, video_stream
 from dataset.index import VideoInfo, probe
 from dataset.packets import _has_recovery_point, count_packets
 from tests.dataset.test_decode import ORACLE
+from tests.helpers.odd_videos import write_joined
 
 DECODED = [
     *(f"awkward/{name}" for name in ("av1_video.mkv", "corrupted.mp4", "h265_video.mp4")),
@@ -83,6 +84,29 @@ DOUBTS = {
 @pytest.mark.parametrize("kind", DOUBTS)
 def test_packets_that_do_not_fit_give_doubt(h264, kind):
     assert count_packets(remux(h264, DOUBTS[kind])) is None
+
+
+def test_parameters_that_are_the_files_own_may_be_repeated(h264):
+    """Recorders repeat them in front of each keyframe. Others there mean that the picture changes."""
+    with open_video(h264) as container:
+        extradata = container.streams.video[0].codec_context.extradata  # ISO/IEC 14496-15, 5.3.3.1
+    own = extradata[8 : 8 + int.from_bytes(extradata[6:8], "big")]  # its sequence parameter set
+    assert own[0] & 31 == 7
+
+    def in_front(unit: bytes, number: int):
+        return lambda at, packet: [
+            rebuilt(packet, len(unit).to_bytes(4, "big") + unit + bytes(packet)) if at == number else packet
+        ]
+
+    for number in (12, 30):
+        assert count_packets(remux(h264, in_front(own, number))) is not None
+        assert count_packets(remux(h264, in_front(own[:-1] + bytes([own[-1] ^ 4]), number))) is None
+
+
+def test_a_file_of_two_sizes_gives_doubt(tmp_path):
+    one, two = ((64, 48), 30), ((96, 72), 30)
+    assert count_packets(write_joined(tmp_path / "one.avi", "mpeg4", [one, one])).frames == 60
+    assert count_packets(write_joined(tmp_path / "two.avi", "mpeg4", [one, two])) is None
 
 
 def test_repeated_timestamps_give_doubt(h264):
