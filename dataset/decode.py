@@ -17,7 +17,7 @@ from av.video.reformatter import VideoReformatter
 
 from dataset.container import VideoError, open_video, reason, video_stream
 from dataset.jpeg_video import JPEGVideo
-from dataset.orientation import orientation_of
+from dataset.orientation import Orientation, orientation_of
 
 # A seek costs about as much as decoding this many frames (benchmarks/RESULTS.md).
 _SEEK_COST_FRAMES = 3
@@ -184,19 +184,20 @@ def _chain(first: av.VideoFrame, rest: Iterator[av.VideoFrame]) -> Iterator[av.V
 
 
 class RGBConverter:
-    """Frames of one file to upright RGB arrays [H, W, 3] of one size, the first frame's."""
+    """Frames of one file to upright RGB arrays [H, W, 3]. Size and orientation are the first frame's, as in players:
+    H.264 and HEVC may name an orientation once, in front of the first frame."""
 
     def __init__(self):
         self._reformatter = VideoReformatter()  # kept: setting one up for each frame costs as much as using it
-        self._size = None  # (width, height), upright
+        self._size = None  # (width, height) as stored
+        self._orientation = Orientation()
 
     def see(self, frame: av.VideoFrame) -> None:
         """The file's first frame must be seen, whether it is converted or not."""
         if self._size is None:
-            self._size = orientation_of(frame).size(frame.width, frame.height)
+            self._size, self._orientation = (frame.width, frame.height), orientation_of(frame)
 
     def __call__(self, frame: av.VideoFrame) -> numpy.ndarray:
         self.see(frame)
-        orientation = orientation_of(frame)
-        width, height = orientation.size(*self._size)
-        return orientation.upright(self._reformatter.reformat(frame, width, height, "rgb24", threads=1).to_ndarray())
+        rgb = self._reformatter.reformat(frame, *self._size, "rgb24", threads=1).to_ndarray()
+        return self._orientation.upright(rgb)

@@ -25,7 +25,6 @@ import numpy
 from dataset.container import VideoError, open_video, reason, video_stream
 from dataset.decode import RGBConverter, SeekMissedError, SeekPoint, decoded, wanted_frames
 from dataset.jpeg_video import JPEGVideo
-from dataset.orientation import orientation_of
 from dataset.packets import FRAMES_BETWEEN_SEEK_POINTS, count_packets
 from dataset.pool import map_in_processes
 from utils.errors import UserError
@@ -74,12 +73,10 @@ def probe(path: str | os.PathLike) -> VideoInfo:
             frames, latest, seekable = 0, None, True
             width = height = 0
             for frame in decoded(container, stream, count_damage):
-                if frames == 0:
-                    width, height = orientation_of(frame).size(frame.width, frame.height)
                 pixels = frame.format.name, frame.colorspace, frame.color_trc, frame.width, frame.height
                 if pixels not in formats:  # FFmpeg decodes some that it cannot convert, such as ICtCp colours
                     formats.add(pixels)
-                    to_rgb(frame)
+                    height, width, _ = to_rgb(frame).shape  # of each frame the same
                 in_order = frame.pts is not None and (latest is None or frame.pts > latest)
                 seekable = seekable and in_order and not damaged
                 latest = frame.pts

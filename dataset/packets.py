@@ -7,7 +7,8 @@ Any reason for doubt gives None, and `dataset.index` decodes the file:
 - a timestamp is missing or repeated, or does not fit the order of keyframes
 - a packet does not hold exactly one picture (two fields, packed B-frames, frames that are not coded), or its units do
   not fill it, or what it calls a keyframe is none from which everything after it decodes alone
-- a packet brings parameters (size, colours, coding) that are not the file's own: frames after a seek would lack them
+- a packet brings parameters (size, colours, coding) that are not the file's own, or an orientation: frames after a
+  seek would lack them
 - the first frames, which are decoded, do not come out one a packet, in the order of their timestamps
 
 Damage inside of a picture does not show in packets.
@@ -28,7 +29,7 @@ FRAMES_BETWEEN_SEEK_POINTS = 10  # nearer ones save less than they cost; a file 
 _FRAMES_DECODED = 8
 _SLICE, _IDR_SLICE, _SEI = 1, 5, 6
 _DATA_PARTITIONS, _PARAMETER_SETS = (2, 3, 4), (7, 8, 13, 15)
-_RECOVERY_POINT = 6  # kind of SEI message
+_RECOVERY_POINT, _ORIENTATION = 6, 47  # kinds of SEI messages
 _VIDEO_OBJECT_LAYER = re.compile(rb"\x00\x00\x01[\x20-\x2f].*?(?=\x00\x00\x01)", re.DOTALL)  # start code and parameters
 
 
@@ -147,16 +148,20 @@ def _h264_is_key(packet: bytes, length_bytes: int, extradata: bytes) -> bool | N
         elif kind in _DATA_PARTITIONS or (kind in _PARAMETER_SETS and packet[begin:place] not in extradata):
             return None
         elif kind == _SEI:
-            recovers = recovers or _has_recovery_point(packet[begin:place])
+            messages = _messages(packet[begin:place])
+            # Decoders call a frame with a recovery point a keyframe although frames before it matter.
+            recovers = recovers or _RECOVERY_POINT in messages
+            if _ORIENTATION in messages:
+                return None
     if firsts != 1 or idr not in (0, slices) or (recovers and not idr):
         return None
     return idr > 0
 
 
-def _has_recovery_point(sei: bytes) -> bool:
-    """H.264, 7.3.2.3: decoders call a frame with this message a keyframe although frames before it matter."""
+def _messages(sei: bytes) -> set[int]:
+    """The kinds of message in a unit of supplemental information (H.264, 7.3.2.3)."""
     sei = sei.replace(b"\0\0\3", b"\0\0")
-    place = 1
+    kinds, place = set(), 1
     while place + 2 < len(sei):
         numbers = [0, 0]  # kind and size, each as bytes of 255 and a last one
         for which in range(2):
@@ -165,10 +170,9 @@ def _has_recovery_point(sei: bytes) -> bool:
                 place += 1
             numbers[which] += sei[place] if place < len(sei) else 0
             place += 1
-        if numbers[0] == _RECOVERY_POINT:
-            return True
+        kinds.add(numbers[0])
         place += numbers[1]
-    return False
+    return kinds
 
 
 def _mpeg4_is_key(packet: bytes, macroblocks: int, extradata: bytes) -> bool | None:

@@ -5,8 +5,9 @@ import numpy
 import pytest
 
 from dataset.container import open_video, video_stream
+from dataset.decode import decode_frames
 from dataset.index import VideoInfo, probe
-from dataset.packets import _has_recovery_point, count_packets
+from dataset.packets import _messages, count_packets
 from tests.dataset.test_decode import ORACLE
 from tests.helpers.odd_videos import write_joined
 
@@ -136,8 +137,30 @@ def test_open_groups_of_pictures_give_doubt(tmp_path, h264):
     assert count_packets(path) is None and probe(path).frames == 40
 
 
-def test_recovery_points_are_found_behind_other_messages():
+def test_messages_are_found_behind_other_messages():
     text = bytes([6, 5, 255, 3]) + bytes(range(1, 256)) + b"abc"
-    assert not _has_recovery_point(text + b"\x80")
-    assert _has_recovery_point(text + bytes([6, 1, 0x80, 0x80]))
-    assert not _has_recovery_point(bytes([6])) and not _has_recovery_point(bytes([6, 255]))
+    assert _messages(text + b"\x80") == {5}
+    assert _messages(text + bytes([6, 1, 0x80, 0x80])) == {5, 6}
+    assert _messages(bytes([6])) == _messages(bytes([6, 255])) == set()
+
+
+def test_an_orientation_in_front_of_the_first_frame_holds_for_all(h264):
+    """H.264 may name it once, in a message; the frames after a seek do not have it."""
+    turned = (
+        bytes([6, 47, 3]) + _bits("0 00 0100000000000000 010 0 1") + b"\x80"
+    )  # D.2.26: a quarter, until further notice
+    path = remux(
+        h264,
+        lambda number, packet: (
+            [rebuilt(packet, len(turned).to_bytes(4, "big") + turned + bytes(packet))] if number == 0 else [packet]
+        ),
+    )
+    assert count_packets(path) is None
+    info, plain = probe(path), decode_frames(h264, range(40))
+    assert (info.width, info.height, info.seek_points) == (48, 64, ())
+    assert numpy.array_equal(decode_frames(path, [0, 39]), numpy.rot90(plain[[0, 39]], axes=(1, 2)))
+
+
+def _bits(text: str) -> bytes:
+    bits = text.replace(" ", "")
+    return int(bits.ljust(-(-len(bits) // 8) * 8, "0"), 2).to_bytes(-(-len(bits) // 8), "big")
