@@ -8,6 +8,7 @@ are JPEGs, `dataset.jpeg_video`, which reads and decodes this frame alone.
 
 import os
 from collections.abc import Iterator, Sequence
+from fractions import Fraction
 from typing import NamedTuple
 
 import av
@@ -16,6 +17,7 @@ from av.video.reformatter import VideoReformatter
 
 from dataset.container import VideoError, open_video, reason, video_stream
 from dataset.jpeg_video import JPEGVideo
+from dataset.orientation import Orientation, orientation_of
 
 # A seek costs about as much as decoding this many frames (benchmarks/RESULTS.md).
 _SEEK_COST_FRAMES = 3
@@ -29,10 +31,15 @@ class SeekPoint(NamedTuple):
     pts: int  # presentation timestamp, in the stream's time base
 
 
+TimedFrame = tuple[Fraction | None, numpy.ndarray]  # timestamp in seconds, None if the file gives none; [H, W, 3]
+
+
 def decode_frames(
     path: str | os.PathLike, indices: Sequence[int], seek_points: Sequence[SeekPoint] = ()
 ) -> numpy.ndarray:
     """The frames at `indices`, in that order, repeats allowed: uint8 RGB [len(indices), H, W, 3], upright.
+
+    H and W are those of the file's first frame: a frame of another size is scaled to them.
 
     Decodes from the start, or from the best of `seek_points` (`dataset.index.probe` finds them), and
     nothing past the last wanted frame; converts wanted frames only; one thread. Of a video whose frames are
@@ -46,12 +53,12 @@ def decode_frames(
         raise ValueError(f"decode_frames: indices count from 0, got {min(indices)}")
     try:
         try:
-            return _clip(_wanted_frames(path, sorted(set(indices)), sorted(seek_points)), indices)
-        except _SeekMissedError:  # the file is not the one that was indexed, or its demuxer is not exact
-            return _clip(_wanted_frames(path, sorted(set(indices)), ()), indices)
+            return _clip(wanted_frames(path, sorted(set(indices)), sorted(seek_points)), indices)
+        except SeekMissedError:  # the file is not the one that was indexed, or its demuxer is not exact
+            return _clip(wanted_frames(path, sorted(set(indices)), ()), indices)
     except VideoError:
         raise
-    except (av.error.FFmpegError, OSError, ValueError) as error:
+    except (av.error.FFmpegError, OSError, ValueError, MemoryError) as error:
         raise VideoError(f"{path}: cannot be decoded ({reason(error)})") from error
 
 
@@ -67,24 +74,32 @@ def _clip(frames: Iterator[tuple[int, numpy.ndarray]], indices: list[int]) -> nu
     return clip
 
 
-def every_frame(path: str | os.PathLike, on_damage=lambda: None) -> Iterator[numpy.ndarray]:
-    """Each frame that `decode_frames` gives, from the first to the last: uint8 RGB [H, W, 3], upright.
+def every_frame(path: str | os.PathLike) -> Iterator[numpy.ndarray]:
+    """Each frame that `decode_frames` gives, from the first to the last: uint8 RGB [H, W, 3].
 
-    Calls `on_damage` for each damaged packet. Raises VideoError as `decode_frames` does.
+    Raises VideoError as `decode_frames` does.
     """
+    for _, frame in timed_frames(path):
+        yield frame
+
+
+def timed_frames(path: str | os.PathLike) -> Iterator[TimedFrame]:
+    """Each frame of `every_frame` with its timestamp."""
     try:
         with open_video(path) as container:
             stream = video_stream(container, path)
             jpegs = JPEGVideo.open(path, container, stream)
             if jpegs is not None:
                 with jpegs:
-                    yield from map(jpegs.frame, range(len(jpegs)))
+                    for index, ticks in enumerate(jpegs.timestamps):
+                        yield ticks * stream.time_base, jpegs.frame(index)
                 return
             to_rgb = RGBConverter()
-            yield from map(to_rgb, decoded(container, stream, on_damage))
+            for frame in decoded(container, stream):
+                yield None if frame.pts is None else frame.pts * frame.time_base, to_rgb(frame)
     except VideoError:
         raise
-    except (av.error.FFmpegError, OSError, ValueError) as error:
+    except (av.error.FFmpegError, OSError, ValueError, MemoryError) as error:
         raise VideoError(f"{path}: cannot be decoded ({reason(error)})") from error
 
 
@@ -103,14 +118,14 @@ def decoded(container: av.container.InputContainer, stream, on_damage=lambda: No
         on_damage()
 
 
-class _SeekMissedError(Exception):
-    pass
+class SeekMissedError(Exception):
+    """A seek did not lead to the frame that the seek point names."""
 
 
-def _wanted_frames(
+def wanted_frames(
     path: str | os.PathLike, wanted: list[int], seek_points: Sequence[SeekPoint]
 ) -> Iterator[tuple[int, numpy.ndarray]]:
-    """(index, frame) of each of the sorted indices."""
+    """(index, frame) of each of the sorted indices, as for `decode_frames`. Raises SeekMissedError."""
     with open_video(path) as container:
         stream = video_stream(container, path)
         jpegs = JPEGVideo.open(path, container, stream)
@@ -130,6 +145,7 @@ def _wanted_frames(
                 position = point.index
             for frame in frames:
                 position += 1
+                to_rgb.see(frame)
                 if position > index:
                     yield index, to_rgb(frame)
                     break
@@ -159,7 +175,7 @@ def _seek(container, stream, point: SeekPoint) -> Iterator[av.VideoFrame]:
             break
         if frame.pts == point.pts:
             return _chain(frame, frames)
-    raise _SeekMissedError
+    raise SeekMissedError
 
 
 def _chain(first: av.VideoFrame, rest: Iterator[av.VideoFrame]) -> Iterator[av.VideoFrame]:
@@ -168,16 +184,20 @@ def _chain(first: av.VideoFrame, rest: Iterator[av.VideoFrame]) -> Iterator[av.V
 
 
 class RGBConverter:
-    """Frames of one file to upright RGB arrays [H, W, 3] of one size."""
+    """Frames of one file to upright RGB arrays [H, W, 3]. Size and orientation are the first frame's, as in players:
+    H.264 and HEVC may name an orientation once, in front of the first frame."""
 
     def __init__(self):
         self._reformatter = VideoReformatter()  # kept: setting one up for each frame costs as much as using it
-        self._size = None
+        self._size = None  # (width, height) as stored
+        self._orientation = Orientation()
+
+    def see(self, frame: av.VideoFrame) -> None:
+        """The file's first frame must be seen, whether it is converted or not."""
+        if self._size is None:
+            self._size, self._orientation = (frame.width, frame.height), orientation_of(frame)
 
     def __call__(self, frame: av.VideoFrame) -> numpy.ndarray:
-        if self._size is None:
-            self._size = frame.width, frame.height
-        width, height = self._size  # a file that changes size in the middle is scaled to its first frame's
-        rgb = self._reformatter.reformat(frame, width, height, "rgb24", threads=1).to_ndarray()
-        quarter_turns = round(frame.rotation / 90)  # counter-clockwise, from the display matrix
-        return numpy.rot90(rgb, quarter_turns) if quarter_turns % 4 else rgb
+        self.see(frame)
+        rgb = self._reformatter.reformat(frame, *self._size, "rgb24", threads=1).to_ndarray()
+        return self._orientation.upright(rgb)

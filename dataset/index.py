@@ -9,7 +9,6 @@ decoder's version and this format's. Each entry has a checksum; an entry that wa
 """
 
 import contextlib
-import itertools
 import json
 import os
 import time
@@ -22,9 +21,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import av
+import numpy
 
 from dataset.container import VideoError, open_video, reason, video_stream
-from dataset.decode import RGBConverter, SeekPoint, decoded
+from dataset.decode import RGBConverter, SeekMissedError, SeekPoint, decoded, wanted_frames
 from dataset.jpeg_video import JPEGVideo
 from dataset.packets import FRAMES_BETWEEN_SEEK_POINTS, count_packets
 from dataset.pool import map_in_processes
@@ -33,7 +33,7 @@ from utils.errors import UserError
 from utils.files import write_atomically
 from utils.progress import Progress
 
-_FORMAT = 2
+_FORMAT = 3
 _DECODER = f"libavcodec {'.'.join(map(str, av.library_versions['libavcodec']))}"
 _FRAMES_CHECKED_AFTER_A_SEEK = 8
 _ONE_IN = 50  # files that are decoded although their packets can be counted
@@ -71,35 +71,34 @@ def probe(path: str | os.PathLike) -> VideoInfo:
                 with jpegs:
                     return _of_jpegs(jpegs, float(stream.average_rate or 0))
             to_rgb, formats = RGBConverter(), set()
-            timestamps, keyframes, checksums = [], [], {}
+            candidates, checksums = [], {}
+            frames, latest, seekable = 0, None, True
             width = height = 0
             for frame in decoded(container, stream, count_damage):
-                index = len(timestamps)
-                if index == 0:
-                    width, height = frame.width, frame.height
-                    if round(frame.rotation / 90) % 2:
-                        width, height = height, width
                 pixels = frame.format.name, frame.colorspace, frame.color_trc, frame.width, frame.height
                 if pixels not in formats:  # FFmpeg decodes some that it cannot convert, such as ICtCp colours
                     formats.add(pixels)
-                    to_rgb(frame)
-                timestamps.append(frame.pts)
-                if frame.key_frame and index >= (keyframes[-1] if keyframes else 0) + FRAMES_BETWEEN_SEEK_POINTS:
-                    keyframes.append(index)
-                if keyframes and index < keyframes[-1] + _FRAMES_CHECKED_AFTER_A_SEEK:
-                    checksums[index] = _checksum(frame)
+                    height, width, _ = to_rgb(frame).shape  # of each frame the same
+                in_order = frame.pts is not None and (latest is None or frame.pts > latest)
+                seekable = seekable and in_order and not damaged
+                latest = frame.pts
+                if seekable:
+                    last = candidates[-1].index if candidates else 0
+                    if frame.key_frame and frames >= last + FRAMES_BETWEEN_SEEK_POINTS:
+                        candidates.append(SeekPoint(frames, frame.pts))
+                    if candidates and frames < candidates[-1].index + _FRAMES_CHECKED_AFTER_A_SEEK:
+                        checksums[frames] = _checksum(to_rgb(frame))
+                frames += 1
             fps = float(stream.average_rate or 0)
-            seek_points = ()
-            if timestamps and not damaged and _strictly_increasing(timestamps):
-                candidates = [SeekPoint(index, timestamps[index]) for index in keyframes]
-                seek_points = tuple(p for p in candidates if _seek_is_exact(container, stream, p, checksums))
+        seekable = seekable and not damaged
+        seek_points = tuple(p for p in candidates if _seek_is_exact(path, p, checksums)) if seekable else ()
     except VideoError:
         raise
-    except (av.error.FFmpegError, OSError, ValueError) as error:
+    except (av.error.FFmpegError, OSError, ValueError, MemoryError) as error:
         raise VideoError(f"{path}: cannot be decoded ({reason(error)})") from error
-    if not timestamps:
+    if not frames:
         raise VideoError(f"{path}: holds no decodable frame")
-    return VideoInfo(len(timestamps), width, height, fps, damaged, seek_points)
+    return VideoInfo(frames, width, height, fps, damaged, seek_points)
 
 
 def _of_jpegs(jpegs: JPEGVideo, fps: float) -> VideoInfo:
@@ -110,34 +109,18 @@ def _of_jpegs(jpegs: JPEGVideo, fps: float) -> VideoInfo:
     return VideoInfo(len(jpegs), width, height, fps)
 
 
-def _strictly_increasing(timestamps: list[int | None]) -> bool:
-    return None not in timestamps and all(a < b for a, b in itertools.pairwise(timestamps))
+def _checksum(rgb: numpy.ndarray) -> int:
+    return zlib.crc32(numpy.ascontiguousarray(rgb))
 
 
-def _checksum(frame: av.VideoFrame) -> int:
-    return zlib.crc32(memoryview(frame.planes[0]))  # luma is enough to tell frames apart
-
-
-def _seek_is_exact(container, stream, point: SeekPoint, checksums: dict[int, int]) -> bool:
-    """Whether decoding from this keyframe gives the same frames as decoding from the start did."""
+def _seek_is_exact(path: str | os.PathLike, point: SeekPoint, checksums: dict[int, int]) -> bool:
+    """Whether decoding from this keyframe gives what decoding from the start gave. The file is opened anew, as for a
+    clip: what is left in a container that has decoded the file, such as a palette, hides damage."""
+    indices = [index for index in range(point.index, point.index + _FRAMES_CHECKED_AFTER_A_SEEK) if index in checksums]
     try:
-        container.seek(point.pts, stream=stream, backward=True)
-        index = None
-        for frame in decoded(container, stream):
-            if index is None:
-                if frame.pts is None or frame.pts > point.pts:
-                    return False
-                if frame.pts < point.pts:
-                    continue
-                index = point.index
-            if index not in checksums or index >= point.index + _FRAMES_CHECKED_AFTER_A_SEEK:
-                return True
-            if _checksum(frame) != checksums[index]:
-                return False
-            index += 1
-    except (av.error.FFmpegError, OSError):
+        return all(_checksum(rgb) == checksums[index] for index, rgb in wanted_frames(path, indices, [point]))
+    except (SeekMissedError, VideoError, av.error.FFmpegError, OSError):
         return False
-    return index is not None
 
 
 class VideoIndex:

@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 from dataset.container import open_video, video_stream
+from dataset.orientation import Orientation, orientation_of
 
 try:  # The operator behind torchvision.io.decode_jpeg. That is deprecated and says so at each call, which takes time.
     import torchvision  # noqa: F401
@@ -50,11 +51,11 @@ class JPEGHeader(NamedTuple):
 class JPEGVideo:
     """The frames of a file that obeys the rule. Frame `i` is entry `i` of the container's index."""
 
-    def __init__(self, file: int, places: list[tuple[int, int]], first: JPEGHeader, quarter_turns: int):
+    def __init__(self, file: int, places: list["_Place"], first: JPEGHeader, orientation: Orientation):
         self._file = file
-        self._places = places  # (position, size in bytes)
+        self._places = places
         self._first = first
-        self._quarter_turns = quarter_turns
+        self._orientation = orientation
 
     @classmethod
     def open(
@@ -75,9 +76,9 @@ class JPEGVideo:
             prepared = _MARK in os.pread(file, _BYTES_BEFORE_THE_FIRST_MARK, 0)
             try:
                 places = _frame_places(container, stream, os.fstat(file).st_size)
-                first = read_header(memoryview(_read(file, *places[0])), 0)
-                # A prepared file is upright. In any other, FFmpeg tells whether it is shown turned.
-                quarter_turns = 0 if first.mark else _quarter_turns(path, first)
+                first = read_header(memoryview(_read(file, places[0])), 0)
+                # A prepared file is upright. In any other, FFmpeg tells how it is shown.
+                orientation = Orientation() if first.mark else _orientation(path, first)
             except JPEGError as error:
                 if prepared:
                     raise JPEGError(f"damaged: {error}; prepare it again") from error
@@ -86,7 +87,7 @@ class JPEGVideo:
         except BaseException:
             os.close(file)
             raise
-        return cls(file, places, first, quarter_turns)
+        return cls(file, places, first, orientation)
 
     def close(self) -> None:
         os.close(self._file)
@@ -101,14 +102,20 @@ class JPEGVideo:
         return len(self._places)
 
     @property
+    def timestamps(self) -> list[int]:
+        """Of each frame, in the stream's time base."""
+        return [place.timestamp for place in self._places]
+
+    @property
     def is_prepared(self) -> bool:
         return self._first.mark is not None
 
     def frame(self, index: int) -> numpy.ndarray:
-        """uint8 RGB [H, W, 3], upright. Raises JPEGError if the JPEG is damaged or unlike the first."""
-        data = _read(self._file, *self._places[index])
+        """uint8 RGB [H, W, 3], upright, H and W those of the first frame. Raises JPEGError if the JPEG is damaged."""
+        data = _read(self._file, self._places[index])
         header = read_header(memoryview(data), index)
-        if header[:2] != self._first[:2]:
+        other_size = header[:2] != self._first[:2]
+        if other_size and self.is_prepared:
             raise JPEGError(
                 f"frame {index} has {header.width} x {header.height} pixels, "
                 f"the first frame {self._first.width} x {self._first.height}"
@@ -119,7 +126,9 @@ class JPEGVideo:
             rgb = _decode(data)
         except (RuntimeError, OSError, ValueError, SyntaxError) as error:
             raise JPEGError(f"frame {index} is a damaged JPEG ({str(error).splitlines()[0]})") from error
-        return numpy.rot90(rgb, self._quarter_turns) if self._quarter_turns else rgb
+        if other_size:
+            rgb = av.VideoFrame.from_ndarray(rgb, format="rgb24").reformat(*self._first[:2], threads=1).to_ndarray()
+        return self._orientation.upright(rgb)
 
 
 def _decode(data: numpy.ndarray) -> numpy.ndarray:
@@ -196,27 +205,34 @@ def _segments(data: bytes | memoryview) -> Iterator[tuple[int, int, int]]:
     raise JPEGError("a JPEG breaks off before its picture data")
 
 
-def _frame_places(container, stream, file_bytes: int) -> list[tuple[int, int]]:
-    """(position, size) of each frame's data. Raises JPEGError if the index breaks the rule."""
+class _Place(NamedTuple):
+    """Of a frame's data in the file."""
+
+    begin: int
+    size: int  # bytes
+    timestamp: int  # in the stream's time base
+
+
+def _frame_places(container, stream, file_bytes: int) -> list[_Place]:
+    """Raises JPEGError if the index breaks the rule."""
     header_bytes = _HEADER_BYTES.get(container.format.name.split(",")[0])
     if header_bytes is None:
         raise JPEGError(f"container {container.format.name}")
-    places, latest = [], None
+    places = []
     for entry in stream.index_entries:
-        begin, size, time = entry.pos + header_bytes, entry.size, entry.timestamp
-        if begin < 0 or size < 4 or begin + size > file_bytes:
+        place = _Place(entry.pos + header_bytes, entry.size, entry.timestamp)
+        if place.begin < 0 or place.size < 4 or place.begin + place.size > file_bytes:
             raise JPEGError(f"the index places frame {len(places)} outside of the file")
-        if not entry.is_keyframe or entry.is_discard or (latest is not None and time <= latest):
+        if not entry.is_keyframe or entry.is_discard or (places and place.timestamp <= places[-1].timestamp):
             raise JPEGError("the index does not name the frames in the order of presentation")
-        latest = time
-        places.append((begin, size))
+        places.append(place)
     if not places or len(places) != stream.frames:
         raise JPEGError(f"the index names {len(places)} frames, the header {stream.frames}")
     return places
 
 
-def _quarter_turns(path: str | os.PathLike, first: JPEGHeader) -> int:
-    """How the container turns the pictures, counter-clockwise, as FFmpeg's first frame shows."""
+def _orientation(path: str | os.PathLike, first: JPEGHeader) -> Orientation:
+    """How the container wants the pictures shown, as FFmpeg's first frame tells."""
     with open_video(path) as container:  # once more: the caller's container stays at its start
         packet = next(container.demux(video_stream(container, path)))
         try:
@@ -226,12 +242,12 @@ def _quarter_turns(path: str | os.PathLike, first: JPEGHeader) -> int:
     # A packet of two fields holds two JPEGs of half the height.
     if not frames or (frames[0].width, frames[0].height) != first[:2]:
         raise JPEGError("FFmpeg finds another first frame")
-    return round(frames[0].rotation / 90) % 4
+    return orientation_of(frames[0])
 
 
-def _read(file: int, begin: int, size: int) -> numpy.ndarray:
+def _read(file: int, place: _Place) -> numpy.ndarray:
     """uint8 [size]"""
-    data = numpy.empty(size, dtype=numpy.uint8)
-    if os.preadv(file, [data], begin) != size:
+    data = numpy.empty(place.size, dtype=numpy.uint8)
+    if os.preadv(file, [data], place.begin) != place.size:
         raise JPEGError("the file ends inside a frame")
     return data

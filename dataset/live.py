@@ -89,7 +89,11 @@ class _Reader:
             if isinstance(item, Exception):
                 raise item
             frame, seconds, arrived, dropped = item
-            yield LiveFrame(to_rgb(frame), seconds, arrived if self._drops else asked, dropped)
+            try:
+                rgb = to_rgb(frame)
+            except (av.error.FFmpegError, ValueError, MemoryError) as error:
+                raise SourceError(f"{self._source}: a frame cannot become RGB ({reason(error)})") from error
+            yield LiveFrame(rgb, seconds, arrived if self._drops else asked, dropped)
             asked = time.monotonic()
 
     def run(self) -> None:

@@ -7,6 +7,8 @@ Any reason for doubt gives None, and `dataset.index` decodes the file:
 - a timestamp is missing or repeated, or does not fit the order of keyframes
 - a packet does not hold exactly one picture (two fields, packed B-frames, frames that are not coded), or its units do
   not fill it, or what it calls a keyframe is none from which everything after it decodes alone
+- a packet brings parameters (size, colours, coding) that are not the file's own, or an orientation: frames after a
+  seek would lack them
 - the first frames, which are decoded, do not come out one a packet, in the order of their timestamps
 
 Damage inside of a picture does not show in packets.
@@ -14,6 +16,7 @@ Damage inside of a picture does not show in packets.
 
 import itertools
 import os
+import re
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -25,7 +28,9 @@ from dataset.decode import RGBConverter, SeekPoint, decoded
 FRAMES_BETWEEN_SEEK_POINTS = 10  # nearer ones save less than they cost; a file of keyframes would be all seek points
 _FRAMES_DECODED = 8
 _SLICE, _IDR_SLICE, _SEI = 1, 5, 6
-_RECOVERY_POINT = 6  # kind of SEI message
+_DATA_PARTITIONS, _PARAMETER_SETS = (2, 3, 4), (7, 8, 13, 15)
+_RECOVERY_POINT, _ORIENTATION = 6, 47  # kinds of SEI messages
+_VIDEO_OBJECT_LAYER = re.compile(rb"\x00\x00\x01[\x20-\x2f].*?(?=\x00\x00\x01)", re.DOTALL)  # start code and parameters
 
 
 class PacketCount(NamedTuple):
@@ -78,6 +83,8 @@ def _read_packets(container, stream, is_key) -> list[tuple[int, bool]] | None:
         key = is_key(bytes(packet))
         if key is None or packet.pts is None or packet.is_corrupt or packet.is_discard or key != packet.is_keyframe:
             return None
+        if packet.has_sidedata("new_extradata"):
+            return None
         packets.append((packet.pts, key))
     return packets or None
 
@@ -117,14 +124,14 @@ def _picture_reader(codec) -> Callable[[bytes], bool | None] | None:
     """A function of a packet: whether its one picture is a keyframe, or None for doubt."""
     extradata = codec.extradata or b""
     if codec.name == "h264" and len(extradata) > 4 and extradata[0] == 1:
-        return lambda packet: _h264_is_key(packet, (extradata[4] & 3) + 1)
+        return lambda packet: _h264_is_key(packet, (extradata[4] & 3) + 1, extradata)
     if codec.name == "mpeg4":
         macroblocks = -(-codec.width // 16) * -(-codec.height // 16)
-        return lambda packet: _mpeg4_is_key(packet, macroblocks)
+        return lambda packet: _mpeg4_is_key(packet, macroblocks, extradata)
     return None
 
 
-def _h264_is_key(packet: bytes, length_bytes: int) -> bool | None:
+def _h264_is_key(packet: bytes, length_bytes: int, extradata: bytes) -> bool | None:
     """ITU-T H.264, 7.3.1 and 7.3.3; lengths as in ISO/IEC 14496-15."""
     place = slices = firsts = idr = 0
     recovers = False
@@ -138,19 +145,23 @@ def _h264_is_key(packet: bytes, length_bytes: int) -> bool | None:
             slices += 1
             idr += kind == _IDR_SLICE
             firsts += packet[begin + 1] >> 7  # first_mb_in_slice 0 is the one bit 1
-        elif kind in (2, 3, 4):  # data partitions
+        elif kind in _DATA_PARTITIONS or (kind in _PARAMETER_SETS and packet[begin:place] not in extradata):
             return None
         elif kind == _SEI:
-            recovers = recovers or _has_recovery_point(packet[begin:place])
+            messages = _messages(packet[begin:place])
+            # Decoders call a frame with a recovery point a keyframe although frames before it matter.
+            recovers = recovers or _RECOVERY_POINT in messages
+            if _ORIENTATION in messages:
+                return None
     if firsts != 1 or idr not in (0, slices) or (recovers and not idr):
         return None
     return idr > 0
 
 
-def _has_recovery_point(sei: bytes) -> bool:
-    """H.264, 7.3.2.3: decoders call a frame with this message a keyframe although frames before it matter."""
+def _messages(sei: bytes) -> set[int]:
+    """The kinds of message in a unit of supplemental information (H.264, 7.3.2.3)."""
     sei = sei.replace(b"\0\0\3", b"\0\0")
-    place = 1
+    kinds, place = set(), 1
     while place + 2 < len(sei):
         numbers = [0, 0]  # kind and size, each as bytes of 255 and a last one
         for which in range(2):
@@ -159,16 +170,18 @@ def _has_recovery_point(sei: bytes) -> bool:
                 place += 1
             numbers[which] += sei[place] if place < len(sei) else 0
             place += 1
-        if numbers[0] == _RECOVERY_POINT:
-            return True
+        kinds.add(numbers[0])
         place += numbers[1]
-    return False
+    return kinds
 
 
-def _mpeg4_is_key(packet: bytes, macroblocks: int) -> bool | None:
+def _mpeg4_is_key(packet: bytes, macroblocks: int, extradata: bytes) -> bool | None:
     """ISO/IEC 14496-2, 6.2.5. A picture that is not coded is shorter than one bit a macroblock."""
     if packet.count(b"\0\0\1\xb6") != 1 or 8 * len(packet) < macroblocks:
         return None
     place = packet.index(b"\0\0\1\xb6") + 4
     coding = packet[place] >> 6 if place < len(packet) else 2
-    return None if coding == 2 else coding == 0  # B-frames give doubt; I-frames are keyframes
+    if coding == 0:  # an I-frame: a keyframe
+        own = all(layer in extradata for layer in _VIDEO_OBJECT_LAYER.findall(packet[:place]))
+        return True if own else None
+    return None if coding == 2 else False  # B-frames give doubt

@@ -14,12 +14,13 @@ import fcntl
 import functools
 import io
 import json
+import math
 import os
 import platform
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from fractions import Fraction
@@ -34,7 +35,7 @@ from PIL import Image
 from torchvision.transforms.v2 import functional as F
 
 from dataset.container import VideoError, open_video, reason, video_stream
-from dataset.decode import every_frame
+from dataset.decode import TimedFrame, every_frame, timed_frames
 from dataset.demo import DEMOS, copy_lists
 from dataset.index import probe
 from dataset.jpeg_video import marked
@@ -53,6 +54,7 @@ MANIFEST = "prepared.json"
 _FORMAT = 1  # of the files and the manifest
 _RATE_IF_UNKNOWN = Fraction(25)  # frames per second, if the container gives none; only players need it
 _LARGEST_RATE = 1000
+_EARLY = Fraction(1, 10)  # of an interval: so much may a rounded timestamp lie before its time
 _SAMPLE = 16  # videos that --dry-run converts
 _SECONDS_FOR_ANOTHER_TO_LEAVE = 10
 
@@ -408,11 +410,13 @@ def convert(source: str, target: Path, settings: Settings) -> Outcome:
         rate = Fraction(video_stream(container, source).average_rate or 0)
     if not 0 < rate <= _LARGEST_RATE:
         rate = _RATE_IF_UNKNOWN
-    step = Fraction(1)  # frames of the source for each that is kept
-    if settings.limit_fps is not None and settings.limit_fps < rate:
-        step = rate / Fraction(settings.limit_fps).limit_denominator(1000)
+    pictures = timed_frames(source)
+    if settings.limit_fps is not None:
+        limit = Fraction(settings.limit_fps).limit_denominator(1000)
+        pictures = at_most(pictures, limit, rate)
+        rate = min(rate, limit)
     try:
-        frames = _write(partial, _jpegs(source, step, settings), rate / step)
+        frames = _write(partial, _jpegs(source, pictures, settings), rate)
         # Not every failed write is reported to the one who writes.
         if frames != probe(partial).frames:
             raise OSError(errno.EIO, f"{partial} was written and cannot be read back")
@@ -435,12 +439,28 @@ class _Picture(NamedTuple):
     height: int
 
 
-def _jpegs(source: str, step: Fraction, settings: Settings) -> Iterator[_Picture]:
-    wanted = 0  # frames given so far
-    for index, frame in enumerate(every_frame(source)):
-        if index < wanted * step:
-            continue
-        wanted += 1
+def at_most(frames: Iterable[TimedFrame], limit_fps: Fraction, average_fps: Fraction) -> Iterator[TimedFrame]:
+    """The first frame of each interval of 1 / `limit_fps` seconds, counted from the first frame.
+
+    A frame without a timestamp later than the frame before counts as 1 / `average_fps` seconds after it.
+    """
+    first = now = None
+    latest = -1  # interval from which a frame was kept
+    for timestamp, frame in frames:
+        if now is None:
+            first = now = timestamp or Fraction(0)
+        else:
+            now = timestamp if timestamp is not None and timestamp > now else now + 1 / average_fps
+        interval = math.floor((now - first) * limit_fps + _EARLY)
+        if interval > latest:
+            latest = interval
+            yield now, frame
+
+
+def _jpegs(source: str, frames: Iterable[TimedFrame], settings: Settings) -> Iterator[_Picture]:
+    empty = True
+    for _, frame in frames:
+        empty = False
         frame = scaled_down(frame, settings.short_side)
         jpeg = io.BytesIO()
         try:
@@ -448,7 +468,7 @@ def _jpegs(source: str, step: Fraction, settings: Settings) -> Iterator[_Picture
         except (OSError, ValueError) as error:  # more than 65,500 pixels wide or high
             raise VideoError(f"{source}: a frame cannot become a JPEG ({error})") from error
         yield _Picture(jpeg.getvalue(), frame.shape[1], frame.shape[0])
-    if not wanted:
+    if empty:
         raise VideoError(f"{source}: holds no decodable frame")
 
 

@@ -80,17 +80,28 @@ class VideoDataset(Dataset):
         indices = self._sampling.random(frames, generator) if drawn else self._sampling.at(frames, place)
         try:
             decoded = self._decode(video, indices)
+            clip = self._transformed(decoded, video, crop, seed=generator.getrandbits(63))
         except VideoError as error:
             if self._strict:
                 raise
             return FailedVideo(video, str(error))
+        return clip, int(self.videos.labels[video]), video
+
+    def _transformed(self, decoded: numpy.ndarray, video: int, crop: int, seed: int) -> Tensor:
+        """uint8 [T, H, W, 3] to [T, 3, size, size]. Raises VideoError if it takes more memory than there is."""
         clip = torch.from_numpy(decoded).permute(0, 3, 1, 2)  # [T, 3, H, W]
         # torchvision's transforms draw from the global generator, whose state must not change for others.
         with torch.random.fork_rng(devices=[]):
             # Not torch.manual_seed: the seeding of a GPU that is not there formats a traceback each time.
-            torch.default_generator.manual_seed(generator.getrandbits(63))
-            clip = self._transforms[crop](clip)
-        return clip, int(self.videos.labels[video]), video
+            torch.default_generator.manual_seed(seed)
+            try:
+                return self._transforms[crop](clip)
+            except RuntimeError as error:
+                if "allocate memory" not in str(error):
+                    raise
+                size = f"{clip.shape[3]} x {clip.shape[2]}"
+                line = f"{self.videos.path(video)}: a clip of {size} pixels needs more memory than there is"
+                raise VideoError(line) from error
 
     def _decode(self, video: int, indices: list[int]) -> numpy.ndarray:
         """uint8 [T, H, W, 3]"""

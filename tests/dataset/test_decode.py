@@ -1,5 +1,6 @@
 """Decoded frames against what an independent decoder found in the same files (clips/frames.json)."""
 
+import io
 import json
 import random
 import subprocess
@@ -8,11 +9,15 @@ import sys
 import av
 import numpy
 import pytest
+from PIL import Image
 
-from dataset.decode import VideoError, decode_frames
+from dataset.decode import VideoError, decode_frames, every_frame
 from dataset.demo import write_video
-from dataset.index import probe
+from dataset.index import VideoIndex, probe
+from dataset.prepare import Settings, convert
 from tests.conftest import SHARED
+from tests.helpers.odd_videos import write_joined, write_paletted
+from tests.helpers.script import memory_limit
 
 ORACLE = json.loads((SHARED / "clips/frames.json").read_text()) if (SHARED / "clips/frames.json").is_file() else {}
 # How a damaged packet is concealed depends on the decoder's threads: only the frames before it are certain.
@@ -76,6 +81,62 @@ def test_seeking_is_used_where_it_is_exact(clips):
     assert probe(clips / "kinetics400/demo.mp4").seek_points
     assert probe(clips / "ucf101/Basketball/v_Basketball_g01_c01.avi").seek_points
     assert not probe(clips / "hmdb51/wave/TrumanShow_wave_f_nm_np1_fr_med_26.avi").seek_points  # timestamps repeat
+
+
+def test_a_palette_that_a_seek_leaves_behind_gives_no_seek_points(tmp_path):
+    """The palette is in no plane of the picture, and a container that has decoded the file still has it."""
+    path = write_paletted(tmp_path / "a.avi")
+    info = VideoIndex(None).lookup([str(path)], workers=1)[str(path)]
+    every = list(every_frame(path))
+    assert len(every) == info.frames == 40 and min(frame.mean() for frame in every) > 50
+    for index in range(0, 40, 3):
+        assert numpy.array_equal(decode_frames(path, [index], info.seek_points)[0], every[index])
+    assert info.seek_points == ()
+
+
+SIZES = [((64, 48), 24), ((96, 72), 24), ((48, 96), 12), ((64, 48), 24)]
+CHANGING = {"a.avi": "mpeg4", "b.mkv": "libvpx", "c.avi": "libx264", "d.mov": "mjpeg", "e.mkv": "mjpeg"}
+
+
+@pytest.mark.parametrize("name", CHANGING)
+def test_a_frame_of_another_size_is_scaled_to_the_files_first(tmp_path, name):
+    """Alone, after a seek, in a clip, in a whole read and in a prepared copy it is the same."""
+    path = write_joined(tmp_path / name, CHANGING[name], SIZES)
+    info = VideoIndex(None).lookup([str(path)], workers=1)[str(path)]
+    assert (info.frames, info.width, info.height) == (84, 64, 48) and info == probe(path)
+    every = numpy.stack(list(every_frame(path)))  # of one shape
+    assert every.shape == (84, 48, 64, 3)
+    for index in range(84):
+        assert numpy.array_equal(decode_frames(path, [index], info.seek_points)[0], every[index]), index
+    assert numpy.array_equal(decode_frames(path, [80, 30, 50, 2], info.seek_points), every[[80, 30, 50, 2]])
+    convert(str(path), tmp_path / "prepared.mov", Settings())
+    prepared = decode_frames(tmp_path / "prepared.mov", range(84))
+    assert prepared.shape == every.shape and numpy.abs(prepared.astype(int) - every).mean() < 8
+
+
+def test_seek_points_stay_where_the_size_is_the_first(tmp_path):
+    path = write_joined(tmp_path / "a.avi", "mpeg4", SIZES)
+    assert [point.index for point in probe(path).seek_points] == [12, 60, 72]
+
+
+def test_a_clip_that_does_not_fit_into_memory_is_a_video_that_cannot_be_read(tmp_path):
+    """A picture of one colour: thousands of pixels wide in a file of a few thousand bytes."""
+    content = io.BytesIO()
+    Image.new("1", (6000, 6000)).save(content, "PNG")
+    path = tmp_path / "large.mov"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("png", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 6000, 6000, "monob"
+        packet = av.Packet(content.getvalue())
+        packet.stream, packet.pts, packet.dts, packet.is_keyframe = stream, 0, 0, True
+        container.mux(packet)
+    assert path.stat().st_size < 20_000
+    with memory_limit(900_000_000):
+        with pytest.raises(VideoError, match=r"large\.mov: cannot be decoded \(Unable to allocate"):
+            decode_frames(path, [0] * 16)
+        assert decode_frames(path, [0]).shape == (1, 6000, 6000, 3)
+    with memory_limit(50_000_000), pytest.raises(VideoError, match=r"large\.mov: cannot be decoded \(.*allocate"):
+        probe(path)
 
 
 def test_wrong_seek_points_are_not_believed(clips):

@@ -11,6 +11,7 @@ from dataset.container import VideoError
 from dataset.decode import decode_frames
 from dataset.index import VideoIndex, VideoInfo, _Found, probe
 from dataset.jpeg_video import JPEGVideo
+from dataset.live import SourceError, frames_of
 from dataset.prepare import Settings, convert
 from dataset.shards import Shard
 from tests.helpers.script import without_privileges
@@ -304,6 +305,8 @@ def test_pixels_that_cannot_be_converted_are_found_by_the_index(tmp_path):
     with pytest.raises(VideoError) as decoding:
         decode_frames(path, [0])
     assert VideoIndex(None).lookup([path], workers=1)[path].error == str(decoding.value)
+    with pytest.raises(SourceError, match=r"hdr\.mkv: a frame cannot become RGB \("):
+        list(frames_of(path))
 
 
 def test_a_prepared_video_is_not_decoded_whole(videos, tmp_path, monkeypatch):

@@ -5,9 +5,11 @@ import numpy
 import pytest
 
 from dataset.container import open_video, video_stream
+from dataset.decode import decode_frames
 from dataset.index import VideoInfo, probe
-from dataset.packets import _has_recovery_point, count_packets
+from dataset.packets import _messages, count_packets
 from tests.dataset.test_decode import ORACLE
+from tests.helpers.odd_videos import write_joined
 
 DECODED = [
     *(f"awkward/{name}" for name in ("av1_video.mkv", "corrupted.mp4", "h265_video.mp4")),
@@ -85,6 +87,29 @@ def test_packets_that_do_not_fit_give_doubt(h264, kind):
     assert count_packets(remux(h264, DOUBTS[kind])) is None
 
 
+def test_parameters_that_are_the_files_own_may_be_repeated(h264):
+    """Recorders repeat them in front of each keyframe. Others there mean that the picture changes."""
+    with open_video(h264) as container:
+        extradata = container.streams.video[0].codec_context.extradata  # ISO/IEC 14496-15, 5.3.3.1
+    own = extradata[8 : 8 + int.from_bytes(extradata[6:8], "big")]  # its sequence parameter set
+    assert own[0] & 31 == 7
+
+    def in_front(unit: bytes, number: int):
+        return lambda at, packet: [
+            rebuilt(packet, len(unit).to_bytes(4, "big") + unit + bytes(packet)) if at == number else packet
+        ]
+
+    for number in (12, 30):
+        assert count_packets(remux(h264, in_front(own, number))) is not None
+        assert count_packets(remux(h264, in_front(own[:-1] + bytes([own[-1] ^ 4]), number))) is None
+
+
+def test_a_file_of_two_sizes_gives_doubt(tmp_path):
+    one, two = ((64, 48), 30), ((96, 72), 30)
+    assert count_packets(write_joined(tmp_path / "one.avi", "mpeg4", [one, one])).frames == 60
+    assert count_packets(write_joined(tmp_path / "two.avi", "mpeg4", [one, two])) is None
+
+
 def test_repeated_timestamps_give_doubt(h264):
     pts = {}
 
@@ -112,8 +137,30 @@ def test_open_groups_of_pictures_give_doubt(tmp_path, h264):
     assert count_packets(path) is None and probe(path).frames == 40
 
 
-def test_recovery_points_are_found_behind_other_messages():
+def test_messages_are_found_behind_other_messages():
     text = bytes([6, 5, 255, 3]) + bytes(range(1, 256)) + b"abc"
-    assert not _has_recovery_point(text + b"\x80")
-    assert _has_recovery_point(text + bytes([6, 1, 0x80, 0x80]))
-    assert not _has_recovery_point(bytes([6])) and not _has_recovery_point(bytes([6, 255]))
+    assert _messages(text + b"\x80") == {5}
+    assert _messages(text + bytes([6, 1, 0x80, 0x80])) == {5, 6}
+    assert _messages(bytes([6])) == _messages(bytes([6, 255])) == set()
+
+
+def test_an_orientation_in_front_of_the_first_frame_holds_for_all(h264):
+    """H.264 may name it once, in a message; the frames after a seek do not have it."""
+    turned = (
+        bytes([6, 47, 3]) + _bits("0 00 0100000000000000 010 0 1") + b"\x80"
+    )  # D.2.26: a quarter, until further notice
+    path = remux(
+        h264,
+        lambda number, packet: (
+            [rebuilt(packet, len(turned).to_bytes(4, "big") + turned + bytes(packet))] if number == 0 else [packet]
+        ),
+    )
+    assert count_packets(path) is None
+    info, plain = probe(path), decode_frames(h264, range(40))
+    assert (info.width, info.height, info.seek_points) == (48, 64, ())
+    assert numpy.array_equal(decode_frames(path, [0, 39]), numpy.rot90(plain[[0, 39]], axes=(1, 2)))
+
+
+def _bits(text: str) -> bytes:
+    bits = text.replace(" ", "")
+    return int(bits.ljust(-(-len(bits) // 8) * 8, "0"), 2).to_bytes(-(-len(bits) // 8), "big")

@@ -3,6 +3,7 @@ import json
 import os
 import shutil
 import signal
+from fractions import Fraction
 
 import av
 import numpy
@@ -10,7 +11,7 @@ import pytest
 from PIL import Image
 
 import dataset.prepare as prepare
-from dataset.decode import VideoError, decode_frames
+from dataset.decode import VideoError, decode_frames, every_frame
 from dataset.demo import DEMOS, DemoSettings, generate_demo
 from dataset.index import probe
 from dataset.lists import VideoList, read_lists
@@ -20,6 +21,7 @@ from dataset.splits import read_hmdb51
 from tests.dataset.test_decode import ORACLE
 from tests.helpers.damaged_files import verdicts
 from tests.helpers.kill_prepare import content, kills_leave_the_same_folder, start, wait_for_work
+from tests.helpers.odd_videos import number_of, write_timed
 from tests.helpers.script import command_line, full_disk, refused, run_here
 from utils.errors import UserError
 
@@ -103,6 +105,36 @@ def test_fewer_frames_a_second(tiny_demo, tmp_path):
     assert probe(tmp_path / "b.mov").frames == 10
     want = decode_frames(tmp_path / "b.mov", [0, 3, 5, 8])  # the first at or after 0, 2.5, 5 and 7.5
     assert numpy.array_equal(decode_frames(tmp_path / "a.mov", range(4)), want)
+
+
+@pytest.mark.parametrize(("name", "codec"), [("a.mp4", "mpeg4"), ("a.mkv", "mpeg4"), ("a.mov", "mjpeg")])
+def test_fewer_frames_a_second_go_by_timestamps(tmp_path, name, codec):
+    """10 frames a second for 2 s, then 30, a pause of 5 s, and 60."""
+    times = [Fraction(n, 10) for n in range(20)] + [2 + Fraction(n, 30) for n in range(45)]
+    times += [Fraction(17, 2) + Fraction(n, 60) for n in range(30)]
+    path = write_timed(tmp_path / name, times, codec)
+    assert probe(path).frames == len(times) == 95
+    convert(str(path), tmp_path / "out.mov", Settings(limit_fps=10))
+    kept = [times[number_of(frame)] for frame in every_frame(tmp_path / "out.mov")]
+    seconds = [sum(begin <= time < begin + 1 for time in kept) for begin in (0, 1, 2, Fraction(17, 2))]
+    assert seconds == [10, 10, 10, 5] and len(kept) == 40
+
+
+@pytest.mark.parametrize(
+    ("timestamps", "limit", "want"),
+    [
+        ([Fraction(n, 30) for n in range(10)], 12, [0, 3, 5, 8]),
+        ([Fraction(n, 30) for n in range(10)], 30, list(range(10))),
+        ([None] * 10, 12, [0, 3, 5, 8]),  # the average rate, 30
+        ([Fraction(round(1000 * n / 24), 1000) for n in range(10)], 12, [0, 2, 4, 6, 8]),  # rounded to milliseconds
+        ([Fraction(n, 15) for n in (0, 0, 1, 1, 2, 2, 3, 3)], 15, [0, 2, 4, 6]),  # packed B-frames repeat timestamps
+        ([Fraction(n, 30) for n in (100, 101, 102, 103, 0, 1, 2, 3)], 15, [0, 2, 4, 6]),  # timestamps that start anew
+        ([Fraction(n, 30) for n in (0, 300, 301, 302)], 15, [0, 1, 3]),  # a pause does not save up frames
+    ],
+)
+def test_at_most_so_many_frames(timestamps, limit, want):
+    frames = [(timestamp, number) for number, timestamp in enumerate(timestamps)]
+    assert [number for _, number in prepare.at_most(frames, Fraction(limit), Fraction(30))] == want
 
 
 def test_the_same_lists_find_the_prepared_files(run, tiny_lists, tmp_path, capfd):

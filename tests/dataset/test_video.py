@@ -11,6 +11,7 @@ from dataset.index import probe
 from dataset.splits import read_hmdb51
 from dataset.transforms import eval_transforms, resized_crop
 from dataset.video import FailedVideo, VideoDataset, collate, make_loader
+from tests.helpers.script import memory_limit
 
 WINDOW = WindowSampling(8)
 
@@ -49,6 +50,19 @@ def test_items(videos):
     clip, label, video = training(videos)[0, 5]
     assert clip.shape == (8, 3, 32, 32) and clip.dtype == torch.uint8
     assert label == videos.labels[5] and video == 5
+
+
+def test_a_clip_that_cannot_be_scaled_in_memory_is_a_failed_video(videos):
+    """A video of few rows and many columns becomes huge where its short side is enlarged."""
+    data, wide = held_out(videos), numpy.zeros((8, 2, 4000, 3), dtype=numpy.uint8)
+    data._decode = lambda *_: wide
+    data._transforms = [eval_transforms(256, 256)[0]]
+    with memory_limit(300_000_000):
+        failed = data[0, 3]
+    assert failed == FailedVideo(3, f"{videos.path(3)}: a clip of 4000 x 2 pixels needs more memory than there is")
+    data._strict = True
+    with memory_limit(300_000_000), pytest.raises(VideoError, match="a clip of 4000 x 2 pixels needs more memory"):
+        data[0, 3]
 
 
 def test_test_clip_is_the_centred_window(videos):

@@ -84,6 +84,18 @@ def full_disk(largest: int):
         signal.signal(signal.SIGXFSZ, handler)
 
 
+@contextlib.contextmanager
+def memory_limit(more_bytes: int):
+    """This process can take so much more memory than it has."""
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    try:
+        resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + more_bytes, before[1]))
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
 def metrics(run: Path) -> list[dict]:
     """The lines of metrics.jsonl about epochs."""
     return [line for line in all_metrics(run) if "epoch" in line]
