@@ -1,6 +1,7 @@
 """Running the training scripts in a test."""
 
 import contextlib
+import gc
 import json
 import os
 import re
@@ -87,6 +88,7 @@ def full_disk(largest: int):
 @contextlib.contextmanager
 def memory_limit(more_bytes: int):
     """This process can take so much more memory than it has."""
+    gc.collect()  # what an earlier test left would make room
     before = resource.getrlimit(resource.RLIMIT_AS)
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     try:
