@@ -8,6 +8,9 @@ The checkpoint holds how clips are cut and where its videos are. Flags change th
 the machine. The videos are found and read by the code of the training script that wrote the checkpoint.
 """
 
+if __name__ == "__main__":
+    import utils.interrupted  # noqa: F401 - before the imports that take seconds
+
 import argparse
 import contextlib
 import json

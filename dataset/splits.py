@@ -15,7 +15,10 @@ from typing import NamedTuple
 
 from utils.errors import UserError
 
-VIDEO_SUFFIXES = {".avi", ".mp4", ".m4v", ".mkv", ".webm", ".mov", ".mpg", ".mpeg", ".wmv", ".flv", ".3gp", ".ts"}
+VIDEO_SUFFIXES = {
+    ".3gp", ".asf", ".avi", ".f4v", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".ogv",
+    ".qt", ".ts", ".vob", ".webm", ".wmv",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

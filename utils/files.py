@@ -8,6 +8,14 @@ from pathlib import Path
 from utils.errors import UserError
 
 
+def cache_folder() -> Path:
+    """The folder of what can be found or computed again. Raises UserError for a user without a home folder."""
+    folder = os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    if folder.startswith("~"):  # as in a container whose user id is in no list of users
+        raise UserError("HOME is not set, and this user has no home folder: set XDG_CACHE_HOME to a writable folder")
+    return Path(folder, "respike")
+
+
 @contextlib.contextmanager
 def writing(path: Path | str, advice: str = "", about: str | None = None) -> Iterator[None]:
     """An OSError inside becomes a UserError: `path` cannot be written, why, and `advice`."""

@@ -5,7 +5,6 @@ A flag's meaning, type and range stand here, once. Its default stands in `DEFAUL
 
 import argparse
 import math
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +24,7 @@ from models.respike import BRANCHES, FUSIONS, SIZE_MULTIPLE
 from utils.checkpoint import Checkpoint, find_checkpoint
 from utils.device import choose_algorithms, cpu_count, device_name, seed_all
 from utils.errors import ArgumentParser, UserError
+from utils.files import cache_folder
 from utils.run_folder import RunFolder, continues_run
 from utils.runtime import Runtime, join_run, local_processes
 
@@ -167,7 +167,7 @@ def of_this_machine(args: argparse.Namespace) -> argparse.Namespace:
     if args.workers is None:
         args.workers = min(8, max(1, cpu_count() // local_processes()))
     if args.index_dir is None:
-        args.index_dir = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "respike")
+        args.index_dir = str(cache_folder())
     if args.device is None:
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     return args
