@@ -117,7 +117,8 @@ class ReSpike(nn.Module):
         Its attribute `trained` has the class names, T, stride, size, sampling and every flag of the training script.
         Raises UserError if the file is absent, damaged or of another network.
         """
-        return cls.from_trained(load_trained(Path(path)), lif_backend)
+        with torch.device("cpu"):  # whatever torch.set_default_device says
+            return cls.from_trained(load_trained(Path(path)), lif_backend)
 
     @classmethod
     def from_trained(cls, trained: TrainedNetwork, lif_backend: str = "auto") -> "ReSpike":

@@ -136,7 +136,7 @@ def test_folders_lists_and_standard_input(monkeypatch, capfd, trained, videos, t
         shutil.copy(video, folder / "abc"[2 - number] / f"{number}.AVI")
     (folder / "notes.txt").write_text("no video")
     (tmp_path / "list.txt").write_text(f"{videos[3]}\n\n{videos[0]}\n")
-    monkeypatch.setattr("sys.stdin", io.StringIO(f"{videos[1]}\n"))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(f"{videos[1]}\n".encode())))
     status, out, err = run(
         monkeypatch, capfd, trained.path, folder, "-", "--json", "--list", tmp_path / "list.txt"
     )  # fmt: skip

@@ -34,6 +34,8 @@ NOT_TRAINING_FLAGS = {
     "annotation_path", "train_list", "val_list", "train_root", "val_root", "checkpoint_minutes", "keep", "log_every",
     "test_only", "energy", "lif_backend", "pack_spikes", "cuda_graphs", "deterministic",
 }  # fmt: skip
+# Values a channel and batch. XX
+_FEW_VALUES = 16
 _YES_NO = argparse.BooleanOptionalAction
 
 
@@ -95,8 +97,8 @@ def add_shared_flags(parser: ArgumentParser) -> None:
     add("--weights", metavar="default|none|PATH",
         help="backbone weights: of torchvision for ImageNet (or the name of one of them), random, or a state dict")
     add("--init", metavar="FILE",
-        help="start from the weights of another run: a checkpoint, a .safetensors file, or one of the published code; "
-        "the head is new if the classes differ")
+        help="start from the weights of another run: a checkpoint, a .safetensors file, or a state dict; the head is "
+        "new if the classes differ")
     add("--freeze", choices=("ann",), help="keep the ANN branch as it is: neither weights nor statistics change")
     add("--downsample", action=_YES_NO,
         help="fuse at all four stages, the first two at reduced size; else at stages 2 to 4 at full size")
@@ -238,20 +240,35 @@ def begin_run(args: argparse.Namespace) -> tuple[Runtime, RunFolder, Checkpoint 
     run = runtime.from_main(RunFolder, Path(args.run_dir), resuming, args.overwrite)
     print(f"run folder: {run.path}; {device_name(runtime.device)}, {runtime.precision_name}")
     print(f"an optimizer step: {runtime.count} x {args.accumulate} x {args.batch_size} clips (processes, batches, -b)")
+    if args.warmup_epochs >= args.epochs and not args.test_only:
+        print(
+            f"note: --warmup-epochs {args.warmup_epochs} of --epochs {args.epochs}: the learning rate rises to the end "
+            "and does not reach -lr"
+        )
     checkpoint = runtime.from_main(find_checkpoint, args.resume, run.path, needed=args.test_only)
     return runtime, run, checkpoint
 
 
 def check_epoch(args: argparse.Namespace, loader: DeviceLoader, runtime: Runtime) -> None:
     """Raise UserError if an epoch cannot be trained on: it has no clip for some rank, or its last batch is a single key
-    frame of one pixel after five halvings, which batch norm has nothing to normalise by."""
+    frame of one pixel after five halvings, which batch norm has nothing to normalise by. Print a note if it has little
+    to normalise by."""
     sizes = loader.batches.sizes()  # of the batches, over all ranks
     if args.test_only:
         return
     if not sizes:
         raise UserError(f"{loader.clips} training clips cannot be shared out to {runtime.count} processes")
-    if min(sizes) // runtime.count * (args.time // args.stride) == 1 and args.size == SIZE_MULTIPLE:
+    key_frames, pixels = args.time // args.stride, (args.size // SIZE_MULTIPLE) ** 2
+    if min(sizes) // runtime.count * key_frames * pixels == 1:
         raise UserError(
             f"-b: the last batch of an epoch holds one key frame of {args.size} x {args.size} pixels, on which batch "
             "norm cannot be trained; take another -b, more key frames (-T) or a larger --size"
+        )
+    clips = min(sizes) // (1 if args.sync_bn else runtime.count)
+    only_merged = args.snn_bn == "merged" and (args.branches == "snn" or args.freeze == "ann")
+    values = clips * key_frames * pixels * (args.stride - 1 if only_merged else 1)
+    if values < _FEW_VALUES:
+        print(
+            f"note: in the smallest batch of an epoch ({clips} clips) batch norm of the last stage has {values} values a "
+            f"channel; with fewer than {_FEW_VALUES} the loss may grow without bound: take a larger -b, -T or --size"
         )
