@@ -1,7 +1,9 @@
 """evaluate.py as a user runs it, on runs of both training scripts."""
 
 import csv
+import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -183,3 +185,16 @@ def test_mistakes_are_one_line(monkeypatch, capfd, runs, tmp_path):
         ({fusion: None, "--out": runs["fusion"] / "best.pt" / "x", **index}, r"--out .*cannot be written"),
     ):
         refused(monkeypatch, capfd, flags, message, evaluate)
+
+
+def test_a_folder_that_takes_no_file_is_known_before_the_test(monkeypatch, capfd, runs, tmp_path):
+    def refuse(**where):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr("evaluate.test_network", None)
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)  # root may write into any folder, but not on any disk
+    message = r"train_fusion: cannot be written \(Read-only file system\); name a writable folder with --out"
+    refused(monkeypatch, capfd, {str(runs["fusion"]): None}, message, evaluate)
+    (tmp_path / "file").write_text("")
+    message = r"file/out: cannot be written \(Not a directory\); name a writable folder with --out"
+    refused(monkeypatch, capfd, {str(runs["fusion"]): None, "--out": tmp_path / "file/out"}, message, evaluate)

@@ -160,6 +160,19 @@ def test_a_bad_file_is_one_line_and_the_rest_goes_on(monkeypatch, capfd, trained
     assert len(list((tmp_path / "saved").iterdir())) == 2
 
 
+def test_what_a_folder_hides_is_an_error(monkeypatch, capfd, trained, videos, tmp_path):
+    """Linked folders are looked into; a link to nothing, and a name that no file can have, are named."""
+    (tmp_path / "linked").symlink_to(videos[0].parent)
+    (tmp_path / "gone.mp4").symlink_to("nowhere")
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"a\0b.mp4\n")))
+    status, out, err = run(monkeypatch, capfd, trained.path, tmp_path, "-", "--json", "-j", "0")
+    assert status == 1, err
+    assert {Path(line["path"]).parent for line in objects(out)} == {tmp_path / "linked"}
+    lines = err.splitlines()
+    assert len(lines) == 2 and all(line.startswith("error: ") for line in lines), err
+    assert "gone.mp4: cannot be read" in lines[0] and "b.mp4: " in lines[1]
+
+
 def test_a_file_that_breaks_after_a_first_look(monkeypatch, capfd, trained, videos, tmp_path):
     monkeypatch.setattr("dataset.video.RETRY_SECONDS", 0.0)
     (tmp_path / "broken.avi").write_bytes(b"\0" * 1000)

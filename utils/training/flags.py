@@ -269,6 +269,6 @@ def check_epoch(args: argparse.Namespace, loader: DeviceLoader, runtime: Runtime
     values = clips * key_frames * pixels * (args.stride - 1 if only_merged else 1)
     if values < _FEW_VALUES:
         print(
-            f"note: in the smallest batch of an epoch ({clips} clips) batch norm of the last stage has {values} values a "
-            f"channel; with fewer than {_FEW_VALUES} the loss may grow without bound: take a larger -b, -T or --size"
+            f"note: in the smallest batch of an epoch ({clips} clips) batch norm of the last stage has {values} values "
+            f"a channel; with fewer than {_FEW_VALUES} the loss may grow without bound: take a larger -b, -T or --size"
         )
