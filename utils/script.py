@@ -90,7 +90,8 @@ def run_script(main: Callable[[], int | None]) -> NoReturn:
     for number in (signal.SIGTERM, signal.SIGUSR2):
         signal.signal(number, _terminated)
     _prepare_streams()
-    output = sys.stdout = Output(sys.stdout)
+    output, errors = sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)
+    errors.when_lost = lambda error: None  # there is no place left to report it
     status = _status_of(main, output)
     with contextlib.suppress(OSError):
         output.flush()
@@ -101,7 +102,7 @@ def run_script(main: Callable[[], int | None]) -> NoReturn:
         print(f"error: standard output cannot be written ({output.error.strerror})", file=sys.stderr)
     if output.error is not None:  # Python would try again as it ends, and complain
         os.dup2(os.open(os.devnull, os.O_WRONLY), output.fileno())
-    sys.stdout = output.stream
+    sys.stdout, sys.stderr = output.stream, errors.stream
     _end_workers()
     leave_run_folders()
     if torch.distributed.is_initialized():

@@ -81,6 +81,18 @@ def test_a_reader_that_has_gone_ends_a_script_in_silence(capfd, lost_stdout):
     sys.stdout.close()
 
 
+def test_a_stderr_that_cannot_be_written_stops_nothing(monkeypatch, capfd):
+    def main():
+        print("a warning", file=sys.stderr, flush=True)
+        print("a result")
+
+    with open("/dev/full", "w") as full, monkeypatch.context() as patch:
+        full.reconfigure(write_through=True)
+        patch.setattr(sys, "stderr", full)
+        assert ends_with(main) == 0
+    assert capfd.readouterr().out == "a result\n"
+
+
 def test_another_disk_error_is_still_a_fault_of_the_code(capfd):
     def main():
         raise OSError(errno.ENOSPC, "No space left on device")
