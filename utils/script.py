@@ -100,8 +100,9 @@ def run_script(main: Callable[[], int | None]) -> NoReturn:
     elif output.error is not None:
         status = 2
         print(f"error: standard output cannot be written ({output.error.strerror})", file=sys.stderr)
-    if output.error is not None:  # Python would try again as it ends, and complain
-        os.dup2(os.open(os.devnull, os.O_WRONLY), output.fileno())
+    for stream in (output, errors):
+        if stream.error is not None:  # Python would try again as it ends, complain, and change the status
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     sys.stdout, sys.stderr = output.stream, errors.stream
     _end_workers()
     leave_run_folders()

@@ -208,6 +208,8 @@ def test_strict_stops_at_it_and_keeps_what_is_trained(monkeypatch, capfd, breaks
 
 def test_a_run_that_loses_its_output_saves_and_ends(monkeypatch, capfd, flags):
     """As `| head` does to it, or the death of `| tee`."""
+    videos = list(map(str, Path(flags["--data-root"]).glob("*/*.avi")))
+    VideoIndex(Path(flags["--index-dir"]) / "hmdb51.json").lookup(videos, workers=2)  # a fork flushes
     reader, writer = os.pipe()
     os.close(reader)
     with monkeypatch.context() as patch, open(writer, "w") as nobody:

@@ -1,6 +1,7 @@
 """How a script ends: which process prints a mistake, and what becomes of lost streams and of Ctrl-C."""
 
 import errno
+import io
 import os
 import signal
 import subprocess
@@ -59,9 +60,9 @@ def lost_stdout(request, monkeypatch):
         else:
             reader, number = os.pipe()
             os.close(reader)
-        stream = open(number, "w")  # noqa: SIM115 - for as long as the test lasts
-        stream.reconfigure(write_through=request.param == "unbuffered")
-        monkeypatch.setattr(sys, "stdout", stream)
+        buffered = request.param == "buffered"
+        stream = open(number, "wb", buffering=-1 if buffered else 0)  # noqa: SIM115 - for as long as the test lasts
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(stream, write_through=not buffered))
 
     return lose
 
@@ -87,7 +88,6 @@ def test_a_stderr_that_cannot_be_written_stops_nothing(monkeypatch, capfd):
         print("a result")
 
     with open("/dev/full", "w") as full, monkeypatch.context() as patch:
-        full.reconfigure(write_through=True)
         patch.setattr(sys, "stderr", full)
         assert ends_with(main) == 0
     assert capfd.readouterr().out == "a result\n"
