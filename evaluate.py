@@ -8,10 +8,14 @@ The checkpoint holds how clips are cut and where its videos are. Flags change th
 the machine. The videos are found and read by the code of the training script that wrote the checkpoint.
 """
 
+if __name__ == "__main__":
+    import utils.interrupted  # noqa: F401 - before the imports that take seconds
+
 import argparse
 import contextlib
 import json
 import statistics
+import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -242,9 +246,14 @@ def network_energy(tested: Tested, constants: Constants, runtime: Runtime, other
 # ---- what is written and printed ----------------------------------------------------------------------
 
 
+_ELSEWHERE = "; name a writable folder with --out"
+
+
 def _make(folder: Path) -> None:
-    with writing(folder, about="out"):
+    """Make the folder. Raises UserError if it cannot take a file: it is better known before hours of testing."""
+    with writing(folder, _ELSEWHERE):
         folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
 
 
 def write_all(folder: Path, tested: Tested, result: dict) -> None:
@@ -261,7 +270,7 @@ def write_all(folder: Path, tested: Tested, result: dict) -> None:
     write_confusion(folder / "confusion.csv", matrix, classes)
     save_confusion(folder / "confusion.png", matrix, classes)
     save_calibration(folder / "calibration.png", confidence, predicted == labels)
-    with writing(folder):
+    with writing(folder, _ELSEWHERE):
         write_atomically(folder / "evaluation.json", (json.dumps(result, indent=2, default=str) + "\n").encode())
 
 

@@ -7,8 +7,10 @@ Reads top to bottom: the config, the videos, their features, a head and its trai
 what a config may hold, utils/heads/fit.py is the training, utils/heads/engine.py one epoch of it.
 """
 
+if __name__ == "__main__":
+    import utils.interrupted  # noqa: F401 - before the imports that take seconds
+
 import dataclasses
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,7 +30,7 @@ from models.heads.on_features import OnFeatures, OnFrames
 from utils.checkpoint import check_settings, kept_checkpoints, load_checkpoint, save_checkpoint
 from utils.device import choose_algorithms, choose_device, cpu_count, device_name, seed_all
 from utils.errors import ArgumentParser, UserError
-from utils.files import writing
+from utils.files import cache_folder, writing
 from utils.heads.batches import ClipBatches, FeatureBatches
 from utils.heads.config import HEADS, READERS, Config, naming, read_config
 from utils.heads.engine import evaluate
@@ -88,8 +90,7 @@ def find_videos(config: Config) -> tuple[list[str], VideoTable, VideoTable]:
         if config.dset in DEMOS:
             data_path, annotation_path = generate_demo(Path(data_path), DEMOS[config.dset], workers=cpu_count())
         split = READERS[config.dset](data_path, annotation_path, config.split)
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    index = VideoIndex(Path(cache) / "respike" / f"{config.dset}.json")
+    index = VideoIndex(cache_folder() / f"{config.dset}.json")
     train, _, test = readable_videos(split, index, strict=False, write_list=None)
     return split.classes, train, test
 

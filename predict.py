@@ -7,6 +7,9 @@
 The checkpoint answers what the network, its clips and its classes are. docs/predict.md tells more.
 """
 
+if __name__ == "__main__":
+    import utils.interrupted  # noqa: F401 - before the imports that take seconds
+
 import argparse
 import json
 import statistics
@@ -24,11 +27,12 @@ from torchvision.transforms import v2
 from dataset.clips import VideoTable, eval_clips
 from dataset.decode import every_frame
 from dataset.device_loader import DeviceLoader, LoaderMaker
+from dataset.find import find_videos
 from dataset.frame_sampling import SAMPLINGS, FrameSampling
 from dataset.index import VideoIndex, VideoInfo
 from dataset.live import LiveFrame, SourceError, frames_of
 from dataset.residual import key_residual_split, normalised
-from dataset.splits import VIDEO_SUFFIXES, VideoRecord
+from dataset.splits import VideoRecord
 from dataset.transforms import CROP_POSITIONS, eval_short_side, eval_transforms
 from models import Network, ReSpike, load_network
 from models.neurons import BACKENDS, runs_on_triton
@@ -61,6 +65,8 @@ def parse_args() -> argparse.Namespace:
     add("--views", type=whole(1), metavar="N", help="clips a video, evenly spread; not given: as the training tested")
     add("--crops", type=int, choices=sorted(CROP_POSITIONS), help="crops a view; not given: as the training tested")
     add("-b", "--batch-size", type=whole(1), default=8, metavar="N", help="clips a batch")
+    add("-j", "--workers", type=whole(0), metavar="N",
+        help="data loading processes; 0 loads in the main process; not given: one a core, 8 at most")
     add("--device", metavar="NAME", help="cuda, cuda:1 or cpu; not given: cuda if there is a GPU")
     add("--amp", action=argparse.BooleanOptionalAction,
         help="mixed precision, if the hardware has it; not given: as the training")
@@ -112,7 +118,9 @@ def main() -> int:
     readable = [path for path in paths if not failures.note(infos[path].error)]
     views, crops = args.views or trained.flags.get("views", 1), args.crops or trained.flags.get("crops", 1)
     clips = Clips(trained, views, crops)
-    for path, probabilities in predict(model, runtime, readable, infos, clips, args.batch_size, failures):
+    workers = min(8, cpu_count(), len(readable) - 1) if args.workers is None else args.workers
+    predicted = predict(model, runtime, readable, infos, clips, args.batch_size, workers, failures)
+    for path, probabilities in predicted:
         best = top(probabilities, trained.classes)
         if args.json:
             print(json.dumps({"path": path, "top5": best}), flush=True)
@@ -145,32 +153,6 @@ class Failures:
                 yield item
 
 
-def find_videos(named: list[str], list_file: str | None) -> Iterator[str | UserError]:
-    """Paths of files; an error for a folder without a video. Raises UserError for a list that cannot be read."""
-    for name in named:
-        yield from paths_of(sys.stdin) if name == "-" else videos_in(name)
-    if list_file is not None:
-        try:
-            lines = Path(list_file).read_text(errors="surrogateescape").splitlines()
-        except OSError as error:
-            raise UserError(f"{list_file}: cannot be read ({error.strerror})", about="list") from error
-        yield from paths_of(lines)
-
-
-def paths_of(lines: Iterable[str]) -> Iterator[str | UserError]:
-    for line in lines:
-        if line.strip():
-            yield from videos_in(line.rstrip("\r\n"))
-
-
-def videos_in(path: str) -> Iterator[str | UserError]:
-    if not Path(path).is_dir():
-        yield path
-        return
-    files = sorted(file for file in Path(path).rglob("*") if file.suffix.lower() in VIDEO_SUFFIXES and file.is_file())
-    yield from map(str, files) if files else [UserError(f"{path}: a folder without a video")]
-
-
 # ---- whole videos -------------------------------------------------------------------------------------
 
 
@@ -190,14 +172,13 @@ class Clips:
 
 def predict(
     model: Network, runtime: Runtime, paths: list[str], infos: dict[str, VideoInfo], clips: Clips, batch_size: int,
-    failures: Failures,
+    workers: int, failures: Failures,
 ) -> Iterator[tuple[str, Tensor]]:  # fmt: skip
     """(path, probabilities [classes]) of each video: the softmax of its clips, averaged over views and crops."""
     table = VideoTable([VideoRecord(path, 0, path) for path in paths], [infos[path] for path in paths])
     rows = eval_clips(table, clips.sampling, clips.crops)
     if not len(rows):
         return
-    workers = min(8, cpu_count(), len(paths) - 1)
     trained = model.trained
     loader: DeviceLoader = LoaderMaker(
         clips.sampling, trained.stride, trained.residual, batch_size, workers, 0, False, runtime

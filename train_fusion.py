@@ -6,6 +6,9 @@ Reads top to bottom: hyper-parameters, the run, its data, its network. What a fl
 utils/training/flags.py, an epoch in utils/training/engine.py, a run in utils/training/fit.py.
 """
 
+if __name__ == "__main__":
+    import utils.interrupted  # noqa: F401 - before the imports that take seconds
+
 import argparse
 from collections.abc import Callable
 from dataclasses import dataclass, replace

@@ -7,6 +7,9 @@ Reads top to bottom, as train_fusion.py does: hyper-parameters, the run, its dat
 stands in utils/training/flags.py, an epoch in utils/training/engine.py, a run in utils/training/fit.py.
 """
 
+if __name__ == "__main__":
+    import utils.interrupted  # noqa: F401 - before the imports that take seconds
+
 import argparse
 from dataclasses import dataclass
 from pathlib import Path

@@ -202,7 +202,7 @@ class VideoIndex:
         except OSError as error:
             raise UserError(
                 f"{self._cache_file}: the video index cannot be written ({error.strerror}); "
-                "name a writable folder with --index-dir"
+                "name a writable folder with --index-dir, or as XDG_CACHE_HOME"
             ) from error
 
 
@@ -242,7 +242,7 @@ def _stamps(paths: Sequence[str]) -> list[list[int]]:
 def _stamp(path: str) -> list[int]:
     try:
         status = os.stat(path)
-    except OSError:
+    except (OSError, ValueError):  # a name may hold what no file's name can
         return [-1, -1]
     return [status.st_size, status.st_mtime_ns]
 

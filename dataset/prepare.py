@@ -8,6 +8,9 @@ The frames are those that `dataset.decode.decode_frames` gives, upright, scaled 
 larger. docs/data.md says when this pays and what it costs in disk.
 """
 
+if __name__ == "__main__":
+    import utils.interrupted  # noqa: F401 - before the imports that take seconds
+
 import argparse
 import errno
 import fcntl

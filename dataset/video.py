@@ -4,6 +4,7 @@ A clip is a function of (seed, epoch, index) alone. It does not depend on the wo
 of workers, or on what was drawn before. So a resumed run sees what an undisturbed one would have seen.
 """
 
+import multiprocessing
 import random
 import signal
 import sys
@@ -19,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 from dataset.clips import NO_VIDEO, RANDOM_PLACE, VideoTable
 from dataset.decode import VideoError, decode_frames
 from dataset.frame_sampling import FrameSampling
-from utils.errors import explain_loading
+from utils.errors import UserError, explain_loading
 from utils.signals import leave_signals_to_the_main_process
 
 # A file that cannot be read now may be readable again after a hiccup of the network drive.
@@ -139,7 +140,17 @@ def collate(samples: list[tuple[Tensor, int, int] | FailedVideo]) -> VideoBatch:
 
 def make_loader(dataset: VideoDataset, batches: Sampler, workers: int, pin: bool, prefetch: int = 2) -> DataLoader:
     """batches: of `dataset.batch_sampler`. `pin` for copies to a GPU beside computation. prefetch: batches that each
-    worker loads ahead."""
+    worker loads ahead. Raises UserError if there can be no workers."""
+    # Forked, also by newer versions of Python: workers end with the process that they are forked from.
+    method = "fork" if workers > 0 and sys.platform == "linux" else None
+    if workers > 0:
+        try:
+            multiprocessing.get_context(method).Lock()
+        except OSError as error:
+            raise UserError(
+                f"data loading processes need a /dev/shm that can be written ({error.strerror}); "
+                "without them (-j 0) the main process loads"
+            ) from error
     return DataLoader(
         dataset,
         batch_sampler=batches,
@@ -149,8 +160,7 @@ def make_loader(dataset: VideoDataset, batches: Sampler, workers: int, pin: bool
         persistent_workers=workers > 0,
         prefetch_factor=prefetch if workers > 0 else None,
         worker_init_fn=leave_signals_to_the_main_process,
-        # Forked, also by newer versions of Python: workers end with the process that they are forked from.
-        multiprocessing_context="fork" if workers > 0 and sys.platform == "linux" else None,
+        multiprocessing_context=method,
     )
 
 

@@ -1,5 +1,6 @@
 """Fine-tuning: a network that starts from the weights of another run."""
 
+import re
 from pathlib import Path
 
 from torch import Tensor
@@ -12,28 +13,35 @@ from utils.errors import UserError
 from utils.trained import load_trained
 
 _SHAPING = {"backbone": "model", "branches": "branches", "fusion": "fusion", "downsample": "downsample"}  # -> flag
+_WRAPPERS = re.compile(r"^((module|_orig_mod)\.)+")  # before the names in a DistributedDataParallel, a compiled module
 
 
 def initialise(model: Network, settings: dict, path: Path) -> str:
     """Fill `model` with the weights of another run. Returns a line that reports what was taken.
 
     settings: of the network, as the checkpoints of this run will hold them.
-    path: a checkpoint, a .safetensors file, or a state dict that the published code saved.
+    path: a checkpoint, a .safetensors file, or a state dict of this network or of the published code, saved from
+        DistributedDataParallel or torch.compile or not.
 
-    The head stays as it is if the classes differ; the published code names no classes, so their number decides.
-    Raises UserError if the network there has another backbone or variant.
+    The head stays as it is if the classes differ; a state dict names no classes, so their number decides. Raises
+    UserError if the network there has another backbone or variant.
     """
     try:
         trained = load_trained(path)
     except UserError as refusal:
         try:
-            if not isinstance(model, ReSpike):
-                raise refusal
-            published = read_state_dict(path)
+            state_dict = read_state_dict(path)
         except UserError:
             raise UserError(str(refusal), about="init") from refusal
-        about = "weights of the published code"
-        weights, same_classes = _from_published(model, published, path)
+        state_dict = {_WRAPPERS.sub("", name): value for name, value in state_dict.items()}
+        if state_dict.keys() & model.state_dict().keys():
+            about, weights = "a state dict, without settings", state_dict
+            same_classes = len(weights.get("head.bias", ())) == model.head.out_features
+        elif not isinstance(model, ReSpike):
+            raise UserError(str(refusal), about="init") from refusal
+        else:
+            about = "weights of the published code"
+            weights, same_classes = _from_published(model, state_dict, path)
     else:
         if trained.network != settings["network"]:
             raise UserError(f"{path}: holds a {trained.network}, this run trains a {settings['network']}", about="init")
@@ -55,13 +63,15 @@ def initialise(model: Network, settings: dict, path: Path) -> str:
         model.load_state_dict(weights)
     except RuntimeError as error:
         detail = " ".join(str(error).split())[:200]
-        raise UserError(f"{path}: not the weights of this network ({detail})", about="init") from error
+        raise UserError(
+            f"{path}: not weights of the network that --model, --branches, --fusion and --downsample name ({detail})",
+            about="init",
+        ) from error
     return f"network: starts from {path} ({about}){'' if same_classes else '; the head is new: other classes'}"
 
 
 def _from_published(model: ReSpike, state_dict: dict[str, Tensor], path: Path) -> tuple[dict[str, Tensor], bool]:
     """(the weights under this project's names, whether they have a head of as many classes)"""
-    state_dict = {name.removeprefix("module."): value for name, value in state_dict.items()}
     own_head = {f"fc.{name}": value for name, value in model.head.state_dict().items()}
     same_classes = len(state_dict.get("fc.bias", ())) == model.head.out_features
     try:

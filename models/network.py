@@ -44,7 +44,8 @@ class Network(nn.Module):
         Raises UserError if the file is absent, damaged or of another class of networks; `models.load_network` takes
         them all.
         """
-        return cls.from_trained(load_trained(Path(path)), lif_backend)
+        with torch.device("cpu"):  # whatever torch.set_default_device says
+            return cls.from_trained(load_trained(Path(path)), lif_backend)
 
     @classmethod
     def from_trained(cls, trained: TrainedNetwork, lif_backend: str = "auto") -> Self:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from models.kernels import operators
 from models.kernels.parameters import LIFParameters
-from models.kernels.reference import lif_reference
+from models.kernels.reference import in_transform, lif_reference
 from models.kernels.triton_lif import MAX_STEPS
 from utils.errors import UserError
 from utils.triton_language import why_not_on
@@ -57,7 +57,7 @@ def runs_on_triton(backend: str, x: Tensor) -> bool:
         if reason is not None:
             raise UserError(f"triton: {reason}; take auto or reference", about="lif_backend")
         return True
-    return backend == "auto" and x.device.type == "cuda" and why_not_on("cuda") is None
+    return backend == "auto" and x.device.type == "cuda" and why_not_on("cuda") is None and not in_transform()
 
 
 def _lif_triton(current: Tensor, parameters: LIFParameters, v0: Tensor | None, keep_v: bool) -> tuple[Tensor, Tensor]:

@@ -87,6 +87,12 @@ def load_weights(resnet: nn.Module, backbone: str, weights: str | None) -> None:
     available = torchvision.models.get_model_weights(backbone)
     if weights == "default" or weights in available.__members__:
         entry = available.DEFAULT if weights == "default" else available[weights]
+        if torch.hub.get_dir().startswith("~"):  # as in a container whose user id is in no list of users
+            raise UserError(
+                f"{weights}: HOME is not set, and this user has no home folder to keep the ImageNet weights in; "
+                "set XDG_CACHE_HOME to a writable folder, or give none to start from random weights",
+                about="weights",
+            )
         try:
             state_dict = entry.get_state_dict(progress=True, check_hash=True)
         except (URLError, OSError, RuntimeError) as error:

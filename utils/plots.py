@@ -8,6 +8,9 @@ A function `..._figure` draws what it is given; `utils.figures` writes the figur
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    import utils.interrupted  # noqa: F401 - before the imports that take seconds
+
 import argparse
 import contextlib
 import json

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -131,23 +131,17 @@ ALONE = Runtime()
 def join_run(device: str, amp: bool) -> Runtime:
     """This process's device and precision, and the ranks of the run.
 
-    device: "cuda", "cuda:N" or "cpu". amp: mixed precision, if the hardware has it. The ranks are the processes
-    that torchrun started, or any launcher that sets RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR
-    and MASTER_PORT; if WORLD_SIZE is not set, this process is alone. Only rank 0 keeps its stdout. Raises
-    UserError if these variables make no sense, if the other ranks cannot be reached, or if the device is not
-    there.
+    device: "cuda", "cuda:N" or "cpu". amp: mixed precision, if the hardware has it. Only rank 0 keeps its stdout.
+    Raises UserError as `launched` does, if the other ranks cannot be reached, or if the device is not there.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+    place = launched()
+    if place is None:
         chosen = choose_device(device)
         return Runtime(chosen, choose_precision(chosen, amp))
-    names = ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    missing = [name for name in names if name not in os.environ]
-    if missing:
-        raise UserError(f"WORLD_SIZE is set, {', '.join(missing)} not: start several processes with torchrun")
-    rank, count, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    rank, count, local_rank, local_count = place
     chosen = error = None
     try:
-        chosen = choose_device(device, local_rank, local_processes())
+        chosen = choose_device(device, local_rank, local_count)
     except UserError as raised:
         error = raised
     try:
@@ -176,6 +170,50 @@ def _check_devices(runtime: Runtime, error: UserError | None) -> None:
         raise UserError(f"this process would run on {own}, rank 0 on {types[0]}; give --device for all")
 
 
+# ---- the variables that a launcher sets -----------------------------------------------------------------
+
+
+class Place(NamedTuple):
+    """Of this process among those of its run."""
+
+    rank: int
+    count: int
+    local_rank: int  # among those on this machine
+    local_count: int
+
+
+def launched() -> Place | None:
+    """The place that a launcher gave this process: torchrun, or any that sets RANK, WORLD_SIZE, LOCAL_RANK,
+    LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT. None if WORLD_SIZE is not set or 1: this process is alone.
+
+    Raises UserError if these variables make no sense.
+    """
+    count = _whole("WORLD_SIZE", 1)
+    if count < 2:
+        return None
+    names = ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in names if not os.environ.get(name)]
+    if missing:
+        raise UserError(
+            f"WORLD_SIZE is {count}, {', '.join(missing)} not set: start several processes with torchrun; "
+            "for one process unset WORLD_SIZE"
+        )
+    place = Place(_whole("RANK", 0), count, _whole("LOCAL_RANK", 0), _whole("LOCAL_WORLD_SIZE", 1))
+    if not (0 <= place.rank < count and 0 <= place.local_rank < place.local_count):
+        found = ", ".join(f"{name} {os.environ[name]}" for name in ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"))
+        raise UserError(f"WORLD_SIZE is {count} with {found}: start several processes with torchrun")
+    return place
+
+
+def _whole(name: str, default: int) -> int:
+    text = os.environ.get(name, "")
+    try:
+        return int(text or default)
+    except ValueError as error:
+        raise UserError(f"{name} is {text!r} in the environment, expected a whole number; unset it") from error
+
+
 def local_processes() -> int:
-    """Processes of this run on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    """Processes of this run on this machine. Raises UserError as `launched` does."""
+    place = launched()
+    return 1 if place is None else place.local_count

@@ -1,4 +1,5 @@
-"""Ctrl-C, SIGTERM and SIGUSR2 (a scheduler's warning) ask a run to stop: it finishes the step, saves and leaves."""
+"""Ctrl-C, SIGTERM and SIGUSR2 (a scheduler's warning) ask a run to stop: it finishes the step, saves and leaves. So
+does the loss of stdout, such as a full disk behind it."""
 
 import contextlib
 import ctypes
@@ -6,6 +7,8 @@ import multiprocessing
 import os
 import signal
 import sys
+
+from utils.output import Output
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -26,7 +29,7 @@ def leave_signals_to_the_main_process(*_) -> None:
 
 class StopRequest:
     """Inside the `with` block, `name` is None until one of the signals arrives, then the signal's name; the
-    death of torchrun, which should end the processes it started, counts as one.
+    death of torchrun, which should end the processes it started, counts as one, and so does the loss of stdout.
 
     A second SIGINT is KeyboardInterrupt as ever, for a user who will not wait; not under torchrun, which
     hands on the SIGINT that the terminal has sent already, and itself ends what does not leave.
@@ -40,9 +43,13 @@ class StopRequest:
     def __enter__(self) -> "StopRequest":
         for number in _SIGNALS:
             self._before[number] = signal.signal(number, self._receive)
+        if isinstance(sys.stdout, Output):
+            sys.stdout.when_lost = self._without_output
         return self
 
     def __exit__(self, *exc_info) -> None:
+        if isinstance(sys.stdout, Output):
+            sys.stdout.when_lost = None
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
@@ -57,5 +64,11 @@ class StopRequest:
         if self.name is not None:
             return
         self.name = signal.Signals(number).name
-        # Not print: the signal may have come in the middle of one.
-        os.write(sys.stdout.fileno(), f"\n{self.name}: finishing the step in hand, then saving\n".encode())
+        # Not print: the signal may have come in the middle of one. What cannot be written is found by the next print.
+        with contextlib.suppress(OSError):
+            os.write(sys.stdout.fileno(), f"\n{self.name}: finishing the step in hand, then saving\n".encode())
+
+    def _without_output(self, error: OSError) -> None:
+        reason = f"standard output cannot be written ({error.strerror})"
+        print(f"{reason}: finishing the step in hand, then saving", file=sys.stderr)
+        self.name = self.name or "the loss of standard output"

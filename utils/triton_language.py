@@ -2,12 +2,15 @@
 
 import functools
 import os
+import tempfile
 
 import torch
 
 # Products and sums may be one rounding; newer versions of Triton want this to be set. If it matters, the kernels name
 # the rounding themselves.
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+if os.path.expanduser("~") == "~":  # a user without a home folder: Triton would make one of this name
+    os.environ.setdefault("TRITON_HOME", os.path.join(tempfile.gettempdir(), f"respike-{os.getuid()}"))
 try:
     import triton
     import triton.language as tl

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.library import custom_op
 
+from models.kernels.reference import in_transform
 from models.kernels.triton_lif import compute_type
 from utils.triton_language import cdiv, tl, triton, why_not_on
 
@@ -87,7 +88,7 @@ _geglu.register_autograd(lambda ctx, grad: _geglu_backward(*ctx.saved_tensors, g
 
 def geglu(x: Tensor) -> Tensor:
     """[..., 2 hidden] -> value * gelu(gate) [..., hidden]; the first half is the value, the second the gate."""
-    if x.device.type == "cuda" and why_not_on("cuda") is None:
+    if x.device.type == "cuda" and why_not_on("cuda") is None and not in_transform():
         return _geglu(x)
     value, gate = x.chunk(2, dim=-1)
     return value * F.gelu(gate)

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 from models.kernels.parameters import membrane_dtype
+from models.kernels.reference import in_transform
 from models.kernels.triton_lif import compute_type, constant
 from utils.triton_language import next_power_of_2, tl, triton, why_not_on
 
@@ -148,7 +149,7 @@ _group_norm.register_autograd(_gradient, setup_context=_context)
 
 def group_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """[N, C, H, W] -> the same, in the type of x, with statistics in float32 or more."""
-    if x.device.type == "cuda" and why_not_on("cuda") is None and _fits(x, groups):
+    if x.device.type == "cuda" and why_not_on("cuda") is None and _fits(x, groups) and not in_transform():
         return _group_norm(x, groups, weight, bias, eps)
     return F.group_norm(x, groups, weight.to(x.dtype), bias.to(x.dtype), eps)
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.library import custom_op
 
 from models.kernels.layout import memory_order, steps_outermost
+from models.kernels.reference import in_transform
 from utils.triton_language import cdiv, tl, triton, why_not_on
 
 
@@ -117,7 +118,7 @@ class _SpikeConv2d(torch.autograd.Function):
 def spike_conv2d(conv: nn.Conv2d, spikes: Tensor) -> Tensor:
     """`conv` of spikes [S, N, C, H, W] -> [S, N, C_out, H', W']; what autograd keeps of them is one bit each.
     conv: without bias, groups or dilation."""
-    if not torch.is_grad_enabled():  # nothing is kept
+    if not torch.is_grad_enabled() or in_transform():  # nothing is kept, or not by autograd alone
         return conv(spikes.flatten(0, 1)).unflatten(0, spikes.shape[:2])
     weight, device = conv.weight, spikes.device.type
     if torch.is_autocast_enabled(device):

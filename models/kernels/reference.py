@@ -17,11 +17,16 @@ from models.kernels.surrogates import surrogate_derivative
 class _Spike(torch.autograd.Function):
     """Heaviside step of z = h - v_threshold forward, the surrogate's derivative backward."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, z: Tensor, surrogate: str, alpha: float) -> Tensor:
-        ctx.save_for_backward(z)
-        ctx.surrogate, ctx.alpha = surrogate, alpha
+    def forward(z: Tensor, surrogate: str, alpha: float) -> Tensor:
         return (z >= 0).to(z.dtype)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        z, ctx.surrogate, ctx.alpha = inputs
+        ctx.save_for_backward(z)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
@@ -68,9 +73,14 @@ def batch_norm_definition(
 
 def lif_reference(current: Tensor, p: LIFParameters, v0: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The same numbers as `lif_definition`; saves only `current` (and v0) for the backward pass."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or in_transform():
         return lif_definition(current, p, v0)  # the compiler fuses plain operations better than ours
     return _LIF.apply(current, v0, p)
+
+
+def in_transform() -> bool:
+    """Whether torch.func.grad, vmap or another of its transforms is at work here. They take plain operations only."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
 # Neurons handled at a time on a CPU, so that the dozen passes over a step stay in its cache.

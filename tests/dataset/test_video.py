@@ -1,3 +1,6 @@
+import errno
+import os
+
 import numpy
 import pytest
 import torch
@@ -12,6 +15,7 @@ from dataset.splits import read_hmdb51
 from dataset.transforms import eval_transforms, resized_crop
 from dataset.video import FailedVideo, VideoDataset, collate, make_loader
 from tests.helpers.script import memory_limit
+from utils.errors import UserError
 
 WINDOW = WindowSampling(8)
 
@@ -198,3 +202,16 @@ def test_batch_is_uint8_and_labels_match(videos):
     assert batches[0].clips.shape == (7, 8, 3, 32, 32) and batches[0].clips.dtype == torch.uint8
     for batch in batches:
         assert batch.labels.tolist() == videos.labels[batch.videos].tolist()
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES, errno.ENOENT])
+def test_workers_without_a_place_for_semaphores_are_refused(videos, monkeypatch, number):
+    def refuse(self, *arguments, **more):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("multiprocessing.synchronize.SemLock.__init__", refuse)
+    data = training(videos)
+    batches = TrainBatchSampler(len(data), 5, seed=0)
+    with pytest.raises(UserError, match=rf"/dev/shm that can be written \({os.strerror(number)}\).*-j 0"):
+        make_loader(data, batches, workers=2, pin=False)
+    assert len(list(make_loader(data, batches, workers=0, pin=False))) == len(batches)

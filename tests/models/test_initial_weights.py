@@ -75,6 +75,30 @@ def test_weights_of_the_published_code(tmp_path, classes, prefix):
     assert line.endswith("the head is new: other classes") == (classes == 5)
 
 
+@pytest.mark.parametrize("classes", [3, 5])
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+def test_a_state_dict_of_this_network(tmp_path, classes, prefix):
+    weights = {f"{prefix}{name}": value for name, value in trained_model().state_dict().items()}
+    torch.save(weights, tmp_path / "weights.pt")
+    model = fresh(classes)
+    head = model.head.weight.clone()
+    line = initialise(model, SETTINGS | {"classes": list("vwxyz")[:classes]}, tmp_path / "weights.pt")
+    assert equal(model, trained_model(), head=classes == 3) and torch.equal(model.head.weight, head) == (classes == 5)
+    new_head = "" if classes == 3 else "; the head is new: other classes"
+    assert line == f"network: starts from {tmp_path}/weights.pt (a state dict, without settings){new_head}"
+
+
+@pytest.mark.parametrize("change", [{"branches": "both"}, {"branches": "ann"}, {"branches": "both", "fusion": "cross"}])
+def test_a_state_dict_of_another_network_names_the_flags(tmp_path, change):
+    torch.save(trained_model().state_dict(), tmp_path / "weights.pt")
+    other = ReSpike(**{"num_classes": 3, "stride": 2, "fusion": "lean"} | change)
+    with pytest.raises(
+        UserError, match=r"not weights of the network that --model, --branches, .* name \(.*Missing"
+    ) as e:
+        initialise(other, SETTINGS, tmp_path / "weights.pt")
+    assert e.value.about == "init" and "\n" not in str(e.value)
+
+
 def test_published_weights_of_another_backbone(tmp_path):
     source = ReSpike("resnet34", num_classes=3)
     own = source.state_dict()

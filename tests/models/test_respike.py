@@ -5,6 +5,7 @@ import torch
 
 from dataset.residual import key_residual_split
 from models import ReSpike
+from models.batch_norm import BATCH_NORMS
 from models.kernels.parameters import LIFParameters
 from models.neurons import BACKENDS, LIF, NEURONS
 from tests.helpers.spikingjelly import skip_without_spikingjelly
@@ -256,6 +257,55 @@ def test_default_weights_offline_say_what_to_do(monkeypatch):
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", offline)
     with pytest.raises(UserError, match=r"could not be downloaded .*resnet18.*\.pth.*none to start"):
         ReSpike(weights="default")
+
+
+def test_default_weights_need_a_home_folder_to_keep_them_in(monkeypatch):
+    monkeypatch.setattr("torch.hub.get_dir", lambda: "~/.cache/torch/hub")  # as of a user without one
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", None)
+    with pytest.raises(UserError, match=r"no home folder .*; set XDG_CACHE_HOME .*none to start"):
+        ReSpike(weights="default")
+
+
+def test_torch_func_differentiates_and_maps_the_network():
+    """grad is autograd's gradient, vmap the batch, and both together the gradient of each clip."""
+    torch.manual_seed(1)
+    model = ReSpike(num_classes=3, stride=3, downsample=False, fusion="lean", pack_spikes=True).double().eval()
+    key, residual = key_residual_split(clip(2, 6, 32, torch.float64), 3)
+    own = dict(model.named_parameters())
+    weights = {name: value.detach() for name, value in own.items()}
+
+    def loss(weights, key, residual):
+        return torch.func.functional_call(model, weights, (key, residual)).square().sum()
+
+    want = dict(zip(own, torch.autograd.grad(loss(own, key, residual), list(own.values())), strict=True))
+    found = torch.func.grad(loss)(weights, key, residual)
+    # A map over clips calls the network with one clip at a time.
+    clips = key[:, None], residual[:, None]
+    torch.testing.assert_close(torch.func.vmap(model)(*clips)[:, 0], model(key, residual))
+    each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))(weights, *clips)
+    assert want["snn.stem.conv.weight"].abs().max() > 1e-6
+    for name, gradient in want.items():
+        torch.testing.assert_close(found[name], gradient, msg=name)
+        torch.testing.assert_close(each[name].sum(0), gradient, msg=name)
+
+
+@pytest.mark.parametrize("mode", BATCH_NORMS)
+def test_torch_func_differentiates_in_training_if_it_is_given_the_running_statistics(mode):
+    torch.manual_seed(1)
+    model = ReSpike(num_classes=3, stride=3, branches="snn", snn_batch_norm=mode).double().train()
+    key, residual = key_residual_split(clip(2, 6, 32, torch.float64), 3)
+    own, statistics = dict(model.named_parameters()), {name: value.clone() for name, value in model.named_buffers()}
+    weights = {name: value.detach() for name, value in own.items()}
+
+    def loss(weights, statistics):
+        return torch.func.functional_call(model, (weights, statistics), (key, residual)).square().sum()
+
+    found = torch.func.grad(loss)(weights, statistics)
+    want = torch.autograd.grad(model(key, residual).square().sum(), list(own.values()))
+    for (name, gradient), wanted in zip(found.items(), want, strict=True):
+        torch.testing.assert_close(gradient, wanted, msg=name)
+    for name, value in model.named_buffers():
+        torch.testing.assert_close(statistics[name], value, msg=name)
 
 
 def test_compiles_without_a_graph_break():

@@ -1,7 +1,9 @@
 """evaluate.py as a user runs it, on runs of both training scripts."""
 
 import csv
+import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -180,6 +182,19 @@ def test_mistakes_are_one_line(monkeypatch, capfd, runs, tmp_path):
         ({fusion: None, "--export": tmp_path / "x.safetensors", "--energy": None}, r"--export: writes one network"),
         ({fusion: None, "--energy": None, "--mac-pj": "0"}, r"--mac-pj must be at least 0\.001, got 0"),
         ({fusion: None, "--crops": 2}, r"--crops"),
-        ({fusion: None, "--out": runs["fusion"] / "best.pt" / "x", **index}, r"--out .*cannot be written"),
+        ({fusion: None, "--out": runs["fusion"] / "best.pt" / "x", **index}, r"cannot be written .*--out"),
     ):
         refused(monkeypatch, capfd, flags, message, evaluate)
+
+
+def test_a_folder_that_takes_no_file_is_known_before_the_test(monkeypatch, capfd, runs, tmp_path):
+    def refuse(**where):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr("evaluate.test_network", None)
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)  # root may write into any folder, but not on any disk
+    message = r"train_fusion: cannot be written \(Read-only file system\); name a writable folder with --out"
+    refused(monkeypatch, capfd, {str(runs["fusion"]): None}, message, evaluate)
+    (tmp_path / "file").write_text("")
+    message = r"file/out: cannot be written \(Not a directory\); name a writable folder with --out"
+    refused(monkeypatch, capfd, {str(runs["fusion"]): None, "--out": tmp_path / "file/out"}, message, evaluate)

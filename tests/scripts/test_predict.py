@@ -136,7 +136,7 @@ def test_folders_lists_and_standard_input(monkeypatch, capfd, trained, videos, t
         shutil.copy(video, folder / "abc"[2 - number] / f"{number}.AVI")
     (folder / "notes.txt").write_text("no video")
     (tmp_path / "list.txt").write_text(f"{videos[3]}\n\n{videos[0]}\n")
-    monkeypatch.setattr("sys.stdin", io.StringIO(f"{videos[1]}\n"))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(f"{videos[1]}\n".encode())))
     status, out, err = run(
         monkeypatch, capfd, trained.path, folder, "-", "--json", "--list", tmp_path / "list.txt"
     )  # fmt: skip
@@ -158,6 +158,19 @@ def test_a_bad_file_is_one_line_and_the_rest_goes_on(monkeypatch, capfd, trained
     assert len(lines) == 3 and all(line.startswith("error: ") for line in lines), err
     assert {name for name in ("text.mp4", "gone.avi", "empty") if name in err} == {"text.mp4", "gone.avi", "empty"}
     assert len(list((tmp_path / "saved").iterdir())) == 2
+
+
+def test_what_a_folder_hides_is_an_error(monkeypatch, capfd, trained, videos, tmp_path):
+    """Linked folders are looked into; a link to nothing, and a name that no file can have, are named."""
+    (tmp_path / "linked").symlink_to(videos[0].parent)
+    (tmp_path / "gone.mp4").symlink_to("nowhere")
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"a\0b.mp4\n")))
+    status, out, err = run(monkeypatch, capfd, trained.path, tmp_path, "-", "--json", "-j", "0")
+    assert status == 1, err
+    assert {Path(line["path"]).parent for line in objects(out)} == {tmp_path / "linked"}
+    lines = err.splitlines()
+    assert len(lines) == 2 and all(line.startswith("error: ") for line in lines), err
+    assert "gone.mp4: cannot be read" in lines[0] and "b.mp4: " in lines[1]
 
 
 def test_a_file_that_breaks_after_a_first_look(monkeypatch, capfd, trained, videos, tmp_path):

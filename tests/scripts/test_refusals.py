@@ -3,6 +3,8 @@
 import os
 import re
 import shutil
+import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -202,6 +204,24 @@ def test_strict_stops_at_it_and_keeps_what_is_trained(monkeypatch, capfd, breaks
     changed, victim = breaks_after_indexing
     refused(monkeypatch, capfd, changed | {"-j": workers, "--strict": None}, re.escape(str(victim)))
     assert load_checkpoint(Path(changed["--run-dir"]) / "last.pt")["position"]["clips"] % 5 == 0
+
+
+def test_a_run_that_loses_its_output_saves_and_ends(monkeypatch, capfd, flags):
+    """As `| head` does to it, or the death of `| tee`."""
+    videos = list(map(str, Path(flags["--data-root"]).glob("*/*.avi")))
+    VideoIndex(Path(flags["--index-dir"]) / "hmdb51.json").lookup(videos, workers=2)  # a fork flushes
+    reader, writer = os.pipe()
+    os.close(reader)
+    with monkeypatch.context() as patch, open(writer, "w") as nobody:
+        patch.setattr(sys, "stdout", nobody)
+        status, _, err = run_here(patch, capfd, flags | {"--epochs": 3})
+    assert status == 128 + signal.SIGPIPE
+    assert err == "standard output cannot be written (Broken pipe): finishing the step in hand, then saving\n"
+    # The line of the first epoch is the first that cannot be written.
+    position = load_checkpoint(Path(flags["--run-dir"]) / "last.pt")["position"]
+    assert (position["epoch"], position["clips"]) == (1, 0)
+    status, out, err = run_here(monkeypatch, capfd, flags | {"--epochs": 2, "--resume": "auto"})
+    assert status == 0 and "resumed from" in out, err
 
 
 def test_non_finite_loss_names_videos_and_saves(monkeypatch, capfd, flags):

@@ -37,6 +37,13 @@ def checkpoint(tmp_path) -> Path:
 
 
 @pytest.fixture
+def other_default_device():
+    torch.set_default_device("meta")
+    yield
+    torch.set_default_device(None)
+
+
+@pytest.fixture
 def exported(checkpoint, tmp_path) -> Path:
     export(load_trained(checkpoint), tmp_path / "network.safetensors")
     return tmp_path / "network.safetensors"
@@ -58,6 +65,14 @@ def test_the_network_comes_back_from_either_file(checkpoint, exported):
         it = model.trained
         assert (it.classes, it.frames, it.stride, it.residual) == (["a", "b", "c"], 4, 2, "previous")
         assert (it.size, it.sampling, it.precision, it.epochs) == (32, "window", "bfloat16", 7)
+
+
+def test_a_network_comes_to_the_cpu_whatever_the_default_device(checkpoint, exported, other_default_device):
+    for path in (checkpoint, exported):
+        model = ReSpike.from_checkpoint(path)
+        tensors = [*model.state_dict().values(), *model.buffers(), *model.trained.weights.values()]
+        assert {tensor.device.type for tensor in tensors} == {"cpu"}
+    assert torch.empty(1).device.type == "meta"
 
 
 def test_an_earlier_checkpoint_had_todays_defaults(tmp_path):

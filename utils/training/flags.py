@@ -5,7 +5,6 @@ A flag's meaning, type and range stand here, once. Its default stands in `DEFAUL
 
 import argparse
 import math
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +25,7 @@ from models.respike import BRANCHES, FUSIONS, SIZE_MULTIPLE
 from utils.checkpoint import Checkpoint, find_checkpoint
 from utils.device import choose_algorithms, cpu_count, device_name, seed_all
 from utils.errors import ArgumentParser, UserError
+from utils.files import cache_folder
 from utils.run_folder import RunFolder, continues_run
 from utils.runtime import Runtime, join_run, local_processes
 
@@ -41,6 +41,9 @@ _OF_RESPIKE = (
     "pack_spikes",
 )  # fmt: skip
 _OF_RESNETS = ("branches", "lif_backend", "sync_bn")  # ReSpike's among them; torchvision's video networks have neither
+# Values a channel and batch. On 32 pixels at -lr 0.001, two clips of one key frame end in NaN within 50 steps; the same
+# two among 24 that only add to the statistics do not. At -lr 0.01 so few clips are too few for a step as well.
+_FEW_VALUES = 16
 _YES_NO = argparse.BooleanOptionalAction
 
 
@@ -105,8 +108,8 @@ def add_shared_flags(parser: ArgumentParser) -> None:
         help="backbone weights: of torchvision for ImageNet, for Kinetics-400 if it is a video network (or the name of "
         "one of them), random, or a state dict")
     add("--init", metavar="FILE",
-        help="start from the weights of another run: a checkpoint, a .safetensors file, or one of the published code; "
-        "the head is new if the classes differ")
+        help="start from the weights of another run: a checkpoint, a .safetensors file, or a state dict; the head is "
+        "new if the classes differ")
     add("--freeze", choices=("ann",), help="keep the ANN branch as it is: neither weights nor statistics change")
     add("--downsample", action=_YES_NO,
         help="fuse at all four stages, the first two at reduced size; else at stages 2 to 4 at full size")
@@ -186,7 +189,7 @@ def of_this_machine(args: argparse.Namespace) -> argparse.Namespace:
     if args.workers is None:
         args.workers = min(8, max(1, cpu_count() // local_processes()))
     if args.index_dir is None:
-        args.index_dir = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "respike")
+        args.index_dir = str(cache_folder())
     if args.device is None:
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     return args
@@ -263,20 +266,36 @@ def begin_run(args: argparse.Namespace) -> tuple[Runtime, RunFolder, Checkpoint 
     run = runtime.from_main(RunFolder, Path(args.run_dir), resuming, args.overwrite)
     print(f"run folder: {run.path}; {device_name(runtime.device)}, {runtime.precision_name}")
     print(f"an optimizer step: {runtime.count} x {args.accumulate} x {args.batch_size} clips (processes, batches, -b)")
+    if args.warmup_epochs >= args.epochs and not args.test_only:
+        print(
+            f"note: --warmup-epochs {args.warmup_epochs} of --epochs {args.epochs}: the learning rate rises to the end "
+            "and does not reach -lr"
+        )
     checkpoint = runtime.from_main(find_checkpoint, args.resume, run.path, needed=args.test_only)
     return runtime, run, checkpoint
 
 
 def check_epoch(args: argparse.Namespace, loader: DeviceLoader, runtime: Runtime) -> None:
     """Raise UserError if an epoch cannot be trained on: it has no clip for some rank, or its last batch is a single key
-    frame of one pixel after five halvings, which batch norm has nothing to normalise by."""
+    frame of one pixel after five halvings, which batch norm has nothing to normalise by. Print a note if it has little
+    to normalise by."""
     sizes = loader.batches.sizes()  # of the batches, over all ranks
     if args.test_only:
         return
     if not sizes:
         raise UserError(f"{loader.clips} training clips cannot be shared out to {runtime.count} processes")
-    if min(sizes) // runtime.count * (args.time // args.stride) == 1 and args.size == SIZE_MULTIPLE:
+    key_frames, pixels = args.time // args.stride, (args.size // SIZE_MULTIPLE) ** 2
+    if min(sizes) // runtime.count * key_frames * pixels == 1:
         raise UserError(
             f"-b: the last batch of an epoch holds one key frame of {args.size} x {args.size} pixels, on which batch "
             "norm cannot be trained; take another -b, more key frames (-T) or a larger --size"
+        )
+    clips = min(sizes) // (1 if args.sync_bn else runtime.count)
+    only_merged = args.snn_bn == "merged" and (args.branches == "snn" or args.freeze == "ann")
+    values = clips * key_frames * pixels * (args.stride - 1 if only_merged else 1)
+    if values < _FEW_VALUES:
+        print(
+            f"note: in the smallest batch of an epoch ({clips} clips) batch norm of the last stage has {values} values "
+            f"a channel; with fewer than {_FEW_VALUES} the loss may grow without bound: take a larger -b, -T, --size "
+            "or a lower -lr"
         )

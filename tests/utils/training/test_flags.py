@@ -2,13 +2,16 @@
 
 import re
 import sys
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
 import train_fusion
 import train_kinetics
 from utils.errors import UserError
-from utils.training.flags import NOT_TRAINING_FLAGS
+from utils.runtime import ALONE
+from utils.training.flags import NOT_TRAINING_FLAGS, begin_run, check_epoch
 
 SCRIPTS = pytest.mark.parametrize("script", [train_fusion, train_kinetics], ids=lambda script: script.__name__)
 
@@ -101,3 +104,51 @@ def test_every_window_goes_with_windows(monkeypatch):
 def test_what_may_differ_without_a_note_is_a_flag(monkeypatch):
     flags = {*vars(parsed(monkeypatch, train_fusion)), *vars(parsed(monkeypatch, train_kinetics))}
     assert flags > NOT_TRAINING_FLAGS
+
+
+def loader(*sizes: int) -> SimpleNamespace:
+    """As far as `check_epoch` looks at one. sizes: of the batches, over all processes."""
+    return SimpleNamespace(batches=SimpleNamespace(sizes=lambda: list(sizes)), clips=sum(sizes))
+
+
+@pytest.mark.parametrize(
+    "words, sizes, processes, values",
+    [
+        ("-T 4 --stride 4 --size 32", (8, 8, 2), 1, 2),  # the last batch counts
+        ("-T 16 --stride 4 --size 32", (3, 3), 1, 12),
+        ("-T 4 --stride 4 --size 64", (3,), 1, 12),
+        ("-T 4 --stride 4 --size 32", (16,), 2, 8),
+        ("-T 4 --stride 4 --size 32 --sync-bn", (8,), 2, 8),
+        ("-T 4 --stride 4 --size 32 --snn-bn merged", (8,), 1, 8),
+        ("-T 4 --stride 4 --size 32 --snn-bn merged --branches snn", (4,), 1, 12),
+        ("-T 4 --stride 4 --size 32", (16,), 1, None),
+        ("-T 4 --stride 4 --size 32 --sync-bn", (16,), 2, None),
+        ("-T 4 --stride 4 --size 32 --snn-bn merged --freeze ann", (8,), 1, None),
+        ("-T 4 --stride 4 --size 224", (1,), 1, None),
+    ],
+)
+def test_little_for_batch_norm_to_normalise_by_is_a_note_before_the_run(
+    monkeypatch, capsys, words, sizes, processes, values
+):
+    args = parsed(monkeypatch, train_fusion, *words.split())
+    check_epoch(args, loader(*sizes), replace(ALONE, count=processes))
+    out = capsys.readouterr().out
+    assert (out == "") if values is None else (f"has {values} values a channel; with fewer than 16" in out)
+    check_epoch(args, loader(1000), ALONE)
+    assert capsys.readouterr().out == ""
+
+
+def test_nothing_for_batch_norm_to_normalise_by_is_refused(monkeypatch):
+    args = parsed(monkeypatch, train_fusion, "-T", "4", "--stride", "4", "--size", "32")
+    with pytest.raises(UserError, match="-b: the last batch of an epoch holds one key frame of 32 x 32 pixels"):
+        check_epoch(args, loader(8, 1), ALONE)
+
+
+@SCRIPTS
+@pytest.mark.parametrize("epochs, noted", [(2, True), (5, True), (6, False)])
+def test_a_warm_up_that_takes_every_epoch_is_a_note(monkeypatch, capsys, tmp_path, script, epochs, noted):
+    words = ("--warmup-epochs", "5", "--epochs", str(epochs), "--device", "cpu", "--run-dir", str(tmp_path))
+    begin_run(parsed(monkeypatch, script, *words))
+    assert (
+        f"note: --warmup-epochs 5 of --epochs {epochs}: the learning rate rises" in capsys.readouterr().out
+    ) == noted
