@@ -33,6 +33,7 @@ import numpy
 
 from dataset import demo_binding
 from utils.errors import UserError
+from utils.lock import locked
 from utils.progress import Progress
 from utils.signals import leave_signals_to_the_main_process
 
@@ -74,43 +75,53 @@ def generate_demo(root: Path, settings: DemoSettings, workers: int) -> tuple[Pat
     """
     videos, splits, stamp = root / "videos", root / "splits", root / "demo_settings.json"
     wanted = json.dumps({**asdict(settings), "complete": True})
-    counts = {"train": settings.train_videos_per_class, "test": settings.test_videos_per_class}
+
+    def is_there() -> bool:
+        return stamp.is_file() and stamp.read_text() == wanted
+
     try:
-        if stamp.is_file() and stamp.read_text() == wanted:
-            return videos, splits
-        # Only what carries the demo's stamp is the demo's to replace.
-        if not stamp.is_file() and (videos.exists() or splits.exists()):
-            raise UserError(f"{root}: holds videos that are not the demo's; name another folder", about="data_root")
-        root.mkdir(parents=True, exist_ok=True)
-        stamp.write_text("")  # an interrupted generation starts over
-        for folder in (videos, splits):
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir()
-        # <source>_<class>_<properties>_<number>.avi, as HMDB-51 names its files
-        tasks = [
-            (videos / name / f"{part}{number:04d}_{name}_f_nm_np1_fr_goo_0.avi", label, part, number, settings)
-            for label, name in enumerate(settings.classes)
-            for part in _PARTS
-            for number in range(counts[part])
-        ]
-        for name in settings.classes:
-            (videos / name).mkdir()
-            lines = [f"{file.name} {_PARTS[part]}\n" for file, _, part, *_ in tasks if file.parent.name == name]
-            (splits / f"{name}_test_split1.txt").write_text("".join(lines))
-        for part, list_name in (("train", "train.txt"), ("test", "val.txt")):
-            lines = [f"{file.relative_to(root)} {label}\n" for file, label, of, *_ in tasks if of == part]
-            (root / list_name).write_text("".join(lines))
-        context = multiprocessing.get_context("fork" if hasattr(os, "fork") else "spawn")
-        with (
-            ProcessPoolExecutor(workers, context, leave_signals_to_the_main_process) as pool,
-            Progress(len(tasks), "generating demo videos", unit="video") as progress,
-        ):
-            for _ in pool.map(_write_task, tasks, chunksize=4):
-                progress.advance()
-        stamp.write_text(wanted)
+        if not is_there():
+            root.mkdir(parents=True, exist_ok=True)
+            with locked(root, waits=True):  # several runs that start at once, as in a sweep
+                if not is_there():
+                    _generate(root, settings, workers)
+                    stamp.write_text(wanted)
     except OSError as error:
         raise UserError(f"{root}: the demo videos cannot be written ({error.strerror})") from error
     return videos, splits
+
+
+def _generate(root: Path, settings: DemoSettings, workers: int) -> None:
+    videos, splits, stamp = root / "videos", root / "splits", root / "demo_settings.json"
+    counts = {"train": settings.train_videos_per_class, "test": settings.test_videos_per_class}
+    # Only what carries the demo's stamp is the demo's to replace.
+    if not stamp.is_file() and (videos.exists() or splits.exists()):
+        raise UserError(f"{root}: holds videos that are not the demo's; name another folder", about="data_root")
+    stamp.write_text("")  # an interrupted generation starts over
+    for folder in (videos, splits):
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+    # <source>_<class>_<properties>_<number>.avi, as HMDB-51 names its files
+    tasks = [
+        (videos / name / f"{part}{number:04d}_{name}_f_nm_np1_fr_goo_0.avi", label, part, number, settings)
+        for label, name in enumerate(settings.classes)
+        for part in _PARTS
+        for number in range(counts[part])
+    ]
+    for name in settings.classes:
+        (videos / name).mkdir()
+        lines = [f"{file.name} {_PARTS[part]}\n" for file, _, part, *_ in tasks if file.parent.name == name]
+        (splits / f"{name}_test_split1.txt").write_text("".join(lines))
+    for part, list_name in (("train", "train.txt"), ("test", "val.txt")):
+        lines = [f"{file.relative_to(root)} {label}\n" for file, label, of, *_ in tasks if of == part]
+        (root / list_name).write_text("".join(lines))
+    context = multiprocessing.get_context("fork" if hasattr(os, "fork") else "spawn")
+    with (
+        ProcessPoolExecutor(workers, context, leave_signals_to_the_main_process) as pool,
+        Progress(len(tasks), "generating demo videos", unit="video") as progress,
+    ):
+        for _ in pool.map(_write_task, tasks, chunksize=4):
+            progress.advance()
 
 
 def copy_lists(root: Path, copy: Path) -> None:

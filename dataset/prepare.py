@@ -13,7 +13,6 @@ if __name__ == "__main__":
 
 import argparse
 import errno
-import fcntl
 import functools
 import io
 import json
@@ -24,7 +23,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from importlib.metadata import version
@@ -48,7 +47,8 @@ from dataset.splits import VIDEO_SUFFIXES
 from dataset.which_videos import Found, WhichVideos, add_video_flags, find_videos
 from utils.device import cpu_count
 from utils.errors import ArgumentParser, UserError
-from utils.files import write_atomically
+from utils.files import write_atomically, writing
+from utils.lock import locked
 from utils.progress import Progress
 from utils.script import run_script
 
@@ -59,7 +59,6 @@ _RATE_IF_UNKNOWN = Fraction(25)  # frames per second, if the container gives non
 _LARGEST_RATE = 1000
 _EARLY = Fraction(1, 10)  # of an interval: so much may a rounded timestamp lie before its time
 _SAMPLE = 16  # videos that --dry-run converts
-_SECONDS_FOR_ANOTHER_TO_LEAVE = 10
 
 
 @dataclass(frozen=True)
@@ -134,14 +133,14 @@ def main() -> int:
             predict(own, settings, args.jobs)
         return 0
     listed = listing(names.values())
-    with locked(out, shared=args.shard is not None):
+    with locked(_made(out), shared=args.shard is not None, about="out"):
         manifest = Manifest(out, settings, source, listed, args.shard)
         if args.shard is None:
             results = prepare(targets, manifest, args.jobs, args.strict, args.verify == "full")
             conclude(manifest, results, missing)
         else:
             shards = ShardResults(out, args.shard, listed)
-            with locked(shards.own_folder):
+            with locked(_made(shards.own_folder), about="out"):
                 manifest.files |= {name: found for name, found in shards.begin().items() if isinstance(found, list)}
                 shards.end(prepare(own, manifest, args.jobs, args.strict, args.verify == "full"))
             results, unfinished = shards.collect()
@@ -250,32 +249,14 @@ class Manifest:
             raise UserError(f"{self._path}: cannot be written ({error.strerror})") from error
 
 
+def _made(folder: Path) -> Path:
+    with writing(folder, about="out"):
+        folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
 def _is_partial(name: str) -> bool:
     return name.startswith(f".{MANIFEST}.")  # as `write_atomically` begins it
-
-
-@contextmanager
-def locked(folder: Path, shared: bool = False) -> Iterator[None]:
-    """The folder, made if need be, for this process alone, or for it and all others that take it `shared`."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder, os.O_RDONLY)
-    except OSError as error:
-        raise UserError(f"--out {folder}: cannot be made or opened ({error.strerror})") from error
-    try:
-        for waited in range(_SECONDS_FOR_ANOTHER_TO_LEAVE + 1):
-            try:
-                fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-                break
-            except OSError as error:
-                if error.errno not in (errno.EACCES, errno.EAGAIN):
-                    break  # a file system without locks
-                if waited == _SECONDS_FOR_ANOTHER_TO_LEAVE:
-                    raise UserError(f"--out {folder}: another process is preparing into it; wait for it") from error
-                time.sleep(1)  # a killed process is just leaving
-        yield
-    finally:
-        os.close(handle)
 
 
 def prepare(

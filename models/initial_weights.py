@@ -44,7 +44,9 @@ def initialise(model: Network, settings: dict, path: Path) -> str:
             weights, same_classes = _from_published(model, state_dict, path)
     else:
         if trained.network != type(model).__name__:
-            raise UserError(f"{path}: holds a {trained.network}, this run trains a {type(model).__name__}", about="init")
+            raise UserError(
+                f"{path}: holds a {trained.network}, this run trains a {type(model).__name__}", about="init"
+            )
         for name, flag in _SHAPING.items():
             if trained.settings.get(name) != settings.get(name):
                 raise UserError(

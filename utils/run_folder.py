@@ -1,8 +1,6 @@
 """The folder of one run: configuration, metrics, checkpoints, TensorBoard, lists of files left out."""
 
 import contextlib
-import errno
-import fcntl
 import itertools
 import json
 import os
@@ -10,11 +8,9 @@ import platform
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import IO
 
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
@@ -22,9 +18,9 @@ from torch.utils.tensorboard import SummaryWriter
 from utils.checkpoint import LAST, kept_checkpoints
 from utils.errors import UserError
 from utils.files import write_atomically, writing
+from utils.lock import lock
 
-_SECONDS_FOR_ANOTHER_TO_LEAVE = 30
-_locked: dict[Path, IO] = {}  # folder -> its lock file, open
+_locked: dict[Path, int] = {}  # folder -> its lock file, open
 _PACKAGES = ("torch", "torchvision", "triton", "spikingjelly", "av", "numpy")
 
 
@@ -47,7 +43,8 @@ class RunFolder:
         self._steps = path / "steps.jsonl"
         with writing(path, "; name a writable folder", about="run_dir"):
             path.mkdir(parents=True, exist_ok=True)
-            _lock(path)
+            if path not in _locked:
+                _locked[path] = lock(path / ".lock", about="run_dir")
         for leftover in path.glob(".*.tmp"):  # of a run that was killed while it wrote
             leftover.unlink(missing_ok=True)
         earlier = [file for file in (*kept_checkpoints(path), self.best, self._metrics) if file.exists()]
@@ -175,33 +172,10 @@ def _leave_disk_errors_to_the_main_thread(details: threading.ExceptHookArgs) -> 
         threading.__excepthook__(details)
 
 
-def _lock(folder: Path) -> None:
-    """Keep other runs out of the folder for as long as this process lives. A process that is just leaving, such as
-    those of a killed torchrun, is waited for."""
-    if folder in _locked:
-        return
-    file = open(folder / ".lock", "w")  # noqa: SIM115 - closing it would unlock
-    for waited in range(_SECONDS_FOR_ANOTHER_TO_LEAVE + 1):
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
-        except OSError as error:
-            if error.errno not in (errno.EACCES, errno.EAGAIN):
-                break  # a file system without locks
-            if waited == 0:
-                print(f"waiting for another process to leave {folder}", flush=True)
-            if waited == _SECONDS_FOR_ANOTHER_TO_LEAVE:
-                raise UserError(
-                    f"{folder}: another process is writing to it; wait for it, or name another folder", about="run_dir"
-                ) from error
-            time.sleep(1)
-    _locked[folder] = file
-
-
 def leave_run_folders() -> None:
     """Let other processes use the folders that this process has opened."""
     while _locked:
-        _locked.popitem()[1].close()
+        os.close(_locked.popitem()[1])
 
 
 def _position_of(line: str) -> tuple[float, float]:

@@ -1,6 +1,8 @@
 """The generated data set: no single frame tells the class, the motion does."""
 
 import functools
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
 
 import numpy
 import pytest
@@ -152,3 +154,12 @@ def test_colour_orders(name):
         assert min(numpy.bincount(tints)) >= 4
         changes.add(int((tints == tints[0]).sum()))
     assert len(changes) > 1
+
+
+def test_two_runs_that_start_at_once_share_one_demo(tmp_path):
+    """As the runs of a sweep do: the second waits for the first and finds its videos."""
+    settings = DemoSettings(train_videos_per_class=2, test_videos_per_class=1, frames=4, side_pixels=32)
+    with ProcessPoolExecutor(3, multiprocessing.get_context("fork")) as pool:
+        started = [pool.submit(generate_demo, tmp_path, settings, workers=1) for _ in range(3)]
+        assert len({run.result() for run in started}) == 1
+    assert len(list(tmp_path.glob("videos/*/*.avi"))) == 24

@@ -272,8 +272,10 @@ def test_shards_of_other_videos_do_not_count(run, tmp_path):
 
 
 def test_shards_share_a_folder_and_the_same_shard_does_not(tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare, "_SECONDS_FOR_ANOTHER_TO_LEAVE", 0)
-    folder, message = tmp_path / "out", r"another process is preparing into it"
+    monkeypatch.setattr("utils.lock._SECONDS_FOR_ANOTHER_TO_LEAVE", 0)
+    folder, message = tmp_path / "out", r"another process is writing to it"
+    for shard in ("1-of-2", "2-of-2"):
+        (folder / shard).mkdir(parents=True)
     with prepare.locked(folder, shared=True), prepare.locked(folder / "1-of-2"):
         with prepare.locked(folder, shared=True), prepare.locked(folder / "2-of-2"):
             pass

@@ -42,7 +42,7 @@ def test_a_folder_is_one_runs_at_a_time(tmp_path, monkeypatch, capsys):
     other = context.Process(target=hold, args=(tmp_path, holding, leave))
     other.start()
     assert holding.wait(30)
-    monkeypatch.setattr("utils.run_folder._SECONDS_FOR_ANOTHER_TO_LEAVE", 1)
+    monkeypatch.setattr("utils.lock._SECONDS_FOR_ANOTHER_TO_LEAVE", 1)
     with pytest.raises(UserError, match="another process is writing to it"):
         RunFolder(tmp_path, resuming=True, overwrite=False)
     assert "waiting for another process" in capsys.readouterr().out
