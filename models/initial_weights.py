@@ -4,6 +4,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from models.batch_norm import fit_running
 from models.published_weights import rename_published_state_dict
 from models.resnet import read_state_dict
 from models.respike import ReSpike
@@ -20,6 +21,7 @@ def initialise(model: ReSpike, settings: dict, path: Path) -> str:
     path: a checkpoint, a .safetensors file, or a state dict that the published code saved.
 
     The head stays as it is if the classes differ; the published code names no classes, so their number decides.
+    Statistics of batch norm that the time steps share, there or here only, are fitted (`fit_running`).
     Raises UserError if the network there has another backbone or variant.
     """
     try:
@@ -31,6 +33,7 @@ def initialise(model: ReSpike, settings: dict, path: Path) -> str:
             raise UserError(str(refusal), about="init") from refusal
         about = "weights of the published code"
         weights, same_classes = _from_published(model, published, path)
+        fitted = settings.get("snn_batch_norm") == "through-time"
     else:
         for name, flag in _SHAPING.items():
             if trained.settings[name] != settings[name]:
@@ -43,6 +46,7 @@ def initialise(model: ReSpike, settings: dict, path: Path) -> str:
         ]  # fmt: skip
         about = "; ".join([f"trained for {trained.epochs} epochs", *changed])
         weights, same_classes = dict(trained.weights), trained.classes == settings["classes"]
+        fitted = fit_running(weights, model.state_dict())
     if not same_classes:
         weights |= {f"head.{name}": value for name, value in model.head.state_dict().items()}
     try:
@@ -50,7 +54,11 @@ def initialise(model: ReSpike, settings: dict, path: Path) -> str:
     except RuntimeError as error:
         detail = " ".join(str(error).split())[:200]
         raise UserError(f"{path}: not the weights of this network ({detail})", about="init") from error
-    return f"network: starts from {path} ({about}){'' if same_classes else '; the head is new: other classes'}"
+    notes = "" if same_classes else "; the head is new: other classes"
+    if fitted:
+        each = settings["snn_batch_norm"] == "through-time"
+        notes += f"; SNN batch norm: {'every time step starts' if each else 'starts'} from statistics of all steps"
+    return f"network: starts from {path} ({about}){notes}"
 
 
 def _from_published(model: ReSpike, state_dict: dict[str, Tensor], path: Path) -> tuple[dict[str, Tensor], bool]:

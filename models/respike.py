@@ -47,7 +47,7 @@ class ReSpike(nn.Module):
     branches: "both", or "ann" or "snn" for that branch alone.
     fusion: "cross" (as published), "lean" at a small part of its cost, or "concat" to join the branches at the head
         only.
-    snn_batch_norm: "per-step" (as published) or "merged".
+    snn_batch_norm: "per-step" (as published), "merged" or "through-time" (`models.batch_norm.StepBatchNorm2d`).
     neuron: the equations of the spiking neurons.
     neuron_type: their class, a name in `models.neurons.NEURONS`.
     lif_backend: which code runs them and the batch norms, as `models.neurons.lif`.
@@ -96,7 +96,7 @@ class ReSpike(nn.Module):
         if branches != "ann":
             self.snn = SpikingResNetStages(
                 neuron=functools.partial(NEURONS[neuron_type], neuron, lif_backend),
-                norm=functools.partial(StepBatchNorm2d, mode=snn_batch_norm, backend=lif_backend),
+                norm=functools.partial(StepBatchNorm2d, mode=snn_batch_norm, backend=lif_backend, steps=stride - 1),
                 pack_spikes=pack_spikes,
             )
         self.fusions = nn.ModuleList([None] * 4)

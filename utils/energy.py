@@ -35,7 +35,8 @@ from utils.errors import UserError
 
 NOTE = "arithmetic only, an estimate, not a measurement"
 COUNTED_AS_ZERO = {
-    "batch norm": "running statistics at inference: folds into the convolution before it",
+    "batch norm": "running statistics at inference: folds into the convolution before it, which has a set of weights "
+    "for each time step if the steps have statistics of their own (--snn-bn through-time; memory counts the sets)",
     "bias": "one addition for each output of hundreds of multiply-adds",
     "layer and group norm, softmax, GELU and its gate": "no products with weights; at most 0.6 mJ in all",
     "residual additions, pooling, upsampling": "no products with weights; within the same 0.6 mJ",
@@ -355,6 +356,9 @@ def _memory(model: nn.Module, calls: list[_Call], spiking: bool = True) -> dict[
     if isinstance(model, ReSpike) and spiking:
         spiking_paths = {f"snn.{path}" for path, _ in _spiking_convs(model).values()}
     bits = dict.fromkeys(("weights.dram", "weights.sram", "activations.sram", "spikes.sram", "membranes.sram"), 0)
+    snn_sets = 1  # of weights, into which batch norm is folded
+    if isinstance(model, ReSpike) and model.snn is not None and model.snn.stem.bn.mode == "through-time":
+        snn_sets = model.stride - 1
     for call in calls:
         if call.kind not in ("convolution", "linear", "attention"):
             continue
@@ -362,7 +366,8 @@ def _memory(model: nn.Module, calls: list[_Call], spiking: bool = True) -> dict[
         if call.kind == "attention":
             read += call.operands[1].numel() + call.operands[2].numel()
         else:
-            bits["weights.dram"] += _WORD * call.operands[1].numel()
+            sets = snn_sets if call.module.startswith("snn.") else 1
+            bits["weights.dram"] += _WORD * call.operands[1].numel() * sets
             bits["weights.sram"] += _WORD * call.operands[1].numel() * call.images
         if call.module in spiking_paths:
             bits["spikes.sram"] += 2 * read  # written by the neurons, read by the convolution

@@ -59,7 +59,7 @@ def compute(folder: str, out: str) -> None:
     runtime = join_run("cpu", amp=False)
     results = {"counts": count(folder, runtime)}
     if 8 % runtime.count == 0:
-        for batch_norm in ("fixed", "per-step", "merged"):
+        for batch_norm in ("fixed", *BATCH_NORMS):
             results[batch_norm] = one_step(folder, runtime, 8 // runtime.count, 1, batch_norm)
         # With two batches a step; they have statistics of their own: only fixed ones can agree.
         results["accumulated"] = one_step(folder, runtime, 4 // runtime.count, 2, "fixed")
@@ -77,7 +77,7 @@ def one_step(
 ) -> dict:
     """gone: places in the epoch's order whose videos are."""
     torch.manual_seed(3)
-    model = ReSpike(num_classes=8, stride=2, snn_batch_norm="merged" if batch_norm == "merged" else "per-step")
+    model = ReSpike(num_classes=8, stride=2, snn_batch_norm="per-step" if batch_norm == "fixed" else batch_norm)
     if batch_norm == "fixed":
         for module in model.modules():
             if isinstance(module, nn.BatchNorm2d):
@@ -107,12 +107,12 @@ def one_step(
 
 
 def fused_batch_norm(runtime: Runtime) -> dict:
-    """Synchronised batch norm with neurons behind it on the fused kernels (in Triton's interpreter), per step and
-    merged: gradients and running statistics."""
+    """Synchronised batch norm with neurons behind it on the fused kernels (in Triton's interpreter) in each mode:
+    gradients and running statistics."""
     found = {}
     for mode in BATCH_NORMS:
         torch.manual_seed(7)
-        norm = StepBatchNorm2d(5, mode, backend="triton").double().train()
+        norm = StepBatchNorm2d(5, mode, backend="triton", steps=3).double().train()
         synchronise_batch_norm(norm)
         x = torch.randn(3, 8, 5, 4, 4, dtype=torch.float64)
         weights = torch.randn_like(x)

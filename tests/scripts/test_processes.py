@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from models.batch_norm import BATCH_NORMS
 from tests.helpers.script import finish, start_ranks
 
 
@@ -14,7 +15,7 @@ def computed(tiny_demo, tmp_path_factory) -> dict[int, dict]:
     return {processes: torch.load(out / str(processes)) for processes in (1, 2, 3)}
 
 
-@pytest.mark.parametrize("case", ["fixed", "per-step", "merged", "accumulated", "empty batch", "fused"])
+@pytest.mark.parametrize("case", ["fixed", *BATCH_NORMS, "accumulated", "empty batch", "fused"])
 def test_gradients_of_two_processes_are_those_of_the_doubled_batch(computed, case):
     """In float64, with batch norm in evaluation mode or synchronised; with two batches a step too, also where one
     process has nothing to train on in the second."""

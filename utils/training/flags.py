@@ -103,7 +103,9 @@ def add_shared_flags(parser: ArgumentParser) -> None:
     add("--branches", choices=BRANCHES, help="both branches, or one alone")
     add("--fusion", choices=FUSIONS, 
         help="cross-attention (published), a lean one at a small part of its cost, or joined at the head only")
-    add("--snn-bn", choices=BATCH_NORMS, help="SNN batch norm: statistics of each time step, or of all together")
+    add("--snn-bn", choices=BATCH_NORMS,
+        help="SNN batch norm: statistics of each time step in training and one set for all in testing (published), one "
+        "set for all in both, or of each time step in both")
     add("--neuron", choices=sorted(NEURONS), help="type of the spiking neuron")
     add("--tau", type=number(1), metavar="STEPS", help="membrane time constant, in time steps")
     add("--surrogate", choices=SURROGATES, help="surrogate gradient of the spike")
