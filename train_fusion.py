@@ -96,6 +96,7 @@ DEFAULTS = dict(
     # how it is computed
     amp=True,  # mixed precision
     sync_bn=False,  # batch norm statistics over all processes
+    precise_bn=0,  # training clips to measure batch norm's statistics on before each evaluation; 0: the running ones
     lif_backend="auto",  # fused GPU kernels if there is a GPU; or "triton", "reference", "spikingjelly"
     pack_spikes=False,  # one bit a spike kept for the backward pass
     deterministic=False,
@@ -167,7 +168,7 @@ def main() -> int:
         schedule=lambda epoch: cosine_with_warmup(epoch, args.epochs, args.warmup_epochs),
         accumulation_steps=args.accumulate, clip_norm=args.clip_norm,
         checkpoint_minutes=args.checkpoint_minutes, keep=args.keep, log_every=args.log_every,
-        cuda_graphs=args.cuda_graphs,
+        precise_bn=args.precise_bn, cuda_graphs=args.cuda_graphs,
     )  # fmt: skip
     if finished:
         conclude(
@@ -192,12 +193,15 @@ class Data:
     protocol: dict  # how a test figure came about
 
 
-def find_videos(args: argparse.Namespace, run: RunFolder) -> tuple[list[str], VideoTable, VideoTable, VideoTable]:
-    """(classes, videos to train, to validate, to test on). Rank 0 reads them for all."""
+def find_videos(
+    args: argparse.Namespace, run: RunFolder | None
+) -> tuple[list[str], VideoTable, VideoTable, VideoTable]:
+    """(classes, videos to train, to validate, to test on). Rank 0 reads them for all. run: of the training, which
+    lists what cannot be read; None: nothing is written."""
     data_set = DATA_SETS[args.dset]
     data_root = args.data_root or data_set.data_root
     annotation_path = args.annotation_path or data_set.annotation_path
-    if args.dset == "demo" and args.test_only:
+    if args.dset == "demo" and (args.test_only or run is None):
         data_root, annotation_path = Path(data_root) / "videos", Path(data_root) / "splits"
     elif args.dset == "demo":
         data_root, annotation_path = generate_demo(Path(data_root), DemoSettings(), workers=cpu_count())
@@ -205,7 +209,7 @@ def find_videos(args: argparse.Namespace, run: RunFolder) -> tuple[list[str], Vi
     if args.test_only:
         split = replace(split, train=[])
     index = VideoIndex(Path(args.index_dir) / f"{args.dset}.json", verify_full=args.verify == "full")
-    write_list = None if args.test_only else run.write_list
+    write_list = None if args.test_only or run is None else run.write_list
     return split.classes, *readable_videos(split, index, args.strict, write_list, args.val_fraction, args.seed)
 
 

@@ -96,6 +96,7 @@ DEFAULTS = dict(
     # how it is computed
     amp=True,  # mixed precision
     sync_bn=False,  # batch norm statistics over all processes
+    precise_bn=0,  # training clips to measure batch norm's statistics on before each evaluation; 0: the running ones
     lif_backend="auto",  # fused GPU kernels if there is a GPU; or "triton", "reference", "spikingjelly"
     pack_spikes=False,  # one bit a spike kept for the backward pass
     deterministic=False,
@@ -166,7 +167,7 @@ def main() -> int:
         schedule=lambda epoch: cosine_with_warmup(epoch, args.epochs, args.warmup_epochs),
         accumulation_steps=args.accumulate, clip_norm=args.clip_norm,
         checkpoint_minutes=args.checkpoint_minutes, keep=args.keep, log_every=args.log_every,
-        cuda_graphs=args.cuda_graphs,
+        precise_bn=args.precise_bn, cuda_graphs=args.cuda_graphs,
     )  # fmt: skip
     if finished:
         conclude(
@@ -191,7 +192,7 @@ class Data:
 
 
 def find_videos(
-    args: argparse.Namespace, run: RunFolder, checkpoint: Checkpoint | None
+    args: argparse.Namespace, run: RunFolder | None, checkpoint: Checkpoint | None
 ) -> tuple[list[str], VideoTable, VideoTable, VideoTable]:
     """(classes, videos to train, to validate, to test on). Rank 0 reads them for all."""
 
@@ -207,7 +208,7 @@ def find_videos(
         class_names = checkpoint.classes
     split = read_lists(None if args.test_only else named("train"), named("val"), class_names, args.num_classes)
     index = VideoIndex(Path(args.index_dir) / f"{args.dset}.json", verify_full=args.verify == "full")
-    write_list = None if args.test_only else run.write_list
+    write_list = None if args.test_only or run is None else run.write_list
     return split.classes, *readable_videos(split, index, args.strict, write_list, args.val_fraction, args.seed)
 
 

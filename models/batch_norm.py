@@ -22,6 +22,7 @@ class FusedBatchNorm2d(nn.BatchNorm2d):
 
     mode = "per-step"
     synchronised = False  # over all processes: see `synchronise_batch_norm`
+    tally: Tensor | None = None  # while `MeasuredStatistics` adds up, float64 [S or 1, 2C + 1]: as `_over_processes`
 
     def __init__(self, channels: int, backend: str = "auto"):
         super().__init__(channels)
@@ -32,7 +33,7 @@ class FusedBatchNorm2d(nn.BatchNorm2d):
         fire: bool = False, relu: bool = False, pool: bool = False, first_step: int = 0,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """(sum, spikes) of `models.kernels.operators.batch_norm`."""
-        mean, variance, count = self._statistics(_merged(x) if self.mode == "merged" else x, first_step)
+        mean, variance, count = self._statistics(self._sets(x), first_step)
         return operators.batch_norm(
             x, mean, variance, self.weight, self.bias, residual, count, self.eps,
             self.training, keep_sum, fire, relu, pool, neuron.text,
@@ -47,13 +48,19 @@ class FusedBatchNorm2d(nn.BatchNorm2d):
         values = x.numel() // max(1, x.shape[0] * x.shape[2])
         if values < 2:
             raise ValueError(f"batch norm in training needs more than 1 value per channel, got {list(x.shape)}")
-        if not self.synchronised:
+        if not self.synchronised and self.tally is None:
             running = self.running_mean, self.running_var, self.num_batches_tracked, self.momentum
             return *operators.moments_and_running(x, *running), None
         mean, variance = operators.moments(x)  # no gradient passes here: `operators.batch_norm` computes it
         all_means, all_variances, total = _over_processes(mean, variance, values)
         update_running(self, all_means, all_variances, total)
         return all_means.to(mean.dtype), all_variances.to(mean.dtype), total
+
+    def _sets(self, x: Tensor) -> Tensor:
+        """x [S, N, C, H, W] with a set of statistics for each step; [1, S*N, C, H, W] with one for all of them. While
+        statistics are measured it is as in evaluation."""
+        one_for_all = self.mode == "merged" or (self.mode == "per-step" and self.tally is not None)
+        return x.flatten(0, 1).unsqueeze(0) if one_for_all else x
 
     def running(self, first_step: int, steps: int) -> tuple[Tensor, Tensor]:
         """The running mean and variance of so many steps: [1, C] each if all steps share them, else [steps, C]."""
@@ -115,8 +122,8 @@ class StepBatchNorm2d(FusedBatchNorm2d):
         return _sum(total, spikes_only, pool), spikes
 
     def normalise(self, x: Tensor, first_step: int = 0) -> Tensor:
-        if self.training and self.synchronised:
-            return _synchronised(_merged(x) if self.mode == "merged" else x, self).view_as(x)
+        if self.training and (self.synchronised or self.tally is not None):
+            return _synchronised(self._sets(x), self).view_as(x)
         if self.mode == "through-time":
             if self.training:
                 self.num_batches_tracked += 1
@@ -153,18 +160,13 @@ class FrameBatchNorm2d(FusedBatchNorm2d):
             residual = None if residual is None else residual.unsqueeze(0)
             total, _ = self.in_one_pass(x.unsqueeze(0), residual, relu=relu)
             return total.squeeze(0)  # not total[0], whose gradient would be copied into zeros
-        if self.training and self.synchronised:
+        if self.training and (self.synchronised or self.tally is not None):
             y = _synchronised(x.unsqueeze(0), self).squeeze(0)
         else:
             y = super().forward(x)
         if residual is not None:
             y += residual
         return F.relu(y, inplace=True) if relu else y
-
-
-def _merged(x: Tensor) -> Tensor:
-    """[S, N, ...] -> [1, S*N, ...]"""
-    return x.flatten(0, 1).unsqueeze(0)
 
 
 def _sum(total: Tensor, spikes_only: bool, pool: bool) -> Tensor | None:
@@ -174,7 +176,11 @@ def _sum(total: Tensor, spikes_only: bool, pool: bool) -> Tensor | None:
 
 
 def update_running(norm: nn.BatchNorm2d, mean: Tensor, variance: Tensor, count: int | Tensor) -> None:
-    """One update of the running statistics for each of the S sets [S, C], each of `count` values."""
+    """One update of the running statistics for each of the S sets [S, C], each of `count` values; or, while they are
+    measured, of the tally."""
+    if norm.tally is not None:
+        norm.tally += _sums(mean, variance, count)
+        return
     unbiased = variance * (count / (count - 1))
     if norm.running_mean.dim() == 2:  # a set of their own for each step
         norm.running_mean.lerp_(mean.to(norm.running_mean), norm.momentum)
@@ -218,11 +224,20 @@ def synchronise_batch_norm(model: nn.Module) -> None:
 def _over_processes(mean: Tensor, variance: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
     """(mean, biased variance [S, C], count []) of all processes, in float64: in float32 the mean of squares
     minus the squared mean would lose the variance of a channel with a large mean."""
-    mean, variance = mean.double(), variance.double()
-    sums = torch.cat([mean * count, (variance + mean.square()) * count, mean.new_full((len(mean), 1), count)], dim=1)
-    sums = _SumOverProcesses.apply(sums)  # [S, 2C + 1]
+    sums = _SumOverProcesses.apply(_sums(mean.double(), variance.double(), count))
+    return *_moments(sums), sums[0, -1].detach()
+
+
+def _sums(mean: Tensor, variance: Tensor, count: int | Tensor) -> Tensor:
+    """[S, 2C + 1]: sums of the values, sums of their squares, and their number."""
+    counts = torch.ones_like(mean[:, :1]) * count
+    return torch.cat([mean * count, (variance + mean.square()) * count, counts], dim=1)
+
+
+def _moments(sums: Tensor) -> tuple[Tensor, Tensor]:
+    """(mean, biased variance) [S, C] from `_sums`."""
     mean, square = (sums[:, :-1] / sums[:, -1:]).chunk(2, dim=1)
-    return mean, (square - mean.square()).clamp_min(0.0), sums[0, -1].detach()
+    return mean, (square - mean.square()).clamp_min(0.0)
 
 
 def _synchronised(x: Tensor, norm: nn.BatchNorm2d) -> Tensor:
@@ -251,5 +266,41 @@ class _SumOverProcesses(torch.autograd.Function):
 
 def _summed(values: Tensor) -> Tensor:
     values = values.clone()
-    dist.all_reduce(values)
+    if dist.is_initialized():
+        dist.all_reduce(values)
     return values
+
+
+# ---- statistics of many batches
+
+
+class MeasuredStatistics:
+    """In the `with` block, `model` in training mode adds up what its batch norms see, over all processes. `take` then
+    makes the mean and variance of it all their running statistics. Batch norms in evaluation mode stay as they are.
+
+    Each batch, of all processes, is normalised by its own statistics: one pass is enough, as in fvcore's
+    `update_bn_stats` (PySlowFast's BN.USE_PRECISE_STATS), and no layer waits for the layers before it. They are
+    statistics of the steps that share them in evaluation: the deeper layers of a "per-step" network then see what they
+    see in evaluation, and not steps that were made alike.
+    """
+
+    def __init__(self, model: nn.Module):
+        self._norms = [norm for norm in model.modules() if isinstance(norm, FusedBatchNorm2d) and norm.training]
+
+    def __enter__(self) -> "MeasuredStatistics":
+        for norm in self._norms:
+            mean = norm.running_mean.reshape(-1, norm.num_features)  # [S or 1, C]
+            norm.tally = mean.new_zeros(len(mean), 2 * norm.num_features + 1, dtype=torch.float64)
+        return self
+
+    def __exit__(self, *exc_info) -> None:
+        for norm in self._norms:
+            norm.tally = None
+
+    @torch.no_grad()
+    def take(self) -> None:
+        """Variances are those of all values of a channel, unbiased as PyTorch's running ones."""
+        for norm in self._norms:
+            (mean, variance), count = _moments(norm.tally), norm.tally[:, -1:]
+            norm.running_mean.copy_(mean.view_as(norm.running_mean))
+            norm.running_var.copy_((variance * count / (count - 1)).view_as(norm.running_var))

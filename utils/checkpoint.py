@@ -17,7 +17,7 @@ FORMAT = 2
 EARLIER_SETTINGS = {"residual": "key", "neuron": "lif", "tau": 4 / 3, "surrogate": "atan", "alpha": 2.0}
 EARLIER_FLAGS = {
     **EARLIER_SETTINGS, "momentum": 0.9, "sampling": "window", "crops": 1, "flip": None, "val_fraction": 0.0,
-    "freeze": None,
+    "freeze": None, "precise_bn": 0,
 }  # fmt: skip
 LAST = "last.pt"  # the newest; last-1.pt is the one before, and so on
 

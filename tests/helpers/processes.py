@@ -33,6 +33,7 @@ from models.neurons import LIF
 from tests.helpers.script import free_port
 from utils.runtime import Runtime, join_run
 from utils.training.engine import TrainPosition, evaluate, train_one_epoch
+from utils.training.precise_bn import measure_statistics
 
 SEGMENTS = SegmentSampling(4)
 
@@ -57,7 +58,7 @@ class Double(nn.Module):
 
 def compute(folder: str, out: str) -> None:
     runtime = join_run("cpu", amp=False)
-    results = {"counts": count(folder, runtime)}
+    results = {"counts": count(folder, runtime), "measured": measured(folder, runtime)}
     if 8 % runtime.count == 0:
         for batch_norm in ("fixed", *BATCH_NORMS):
             results[batch_norm] = one_step(folder, runtime, 8 // runtime.count, 1, batch_norm)
@@ -104,6 +105,21 @@ def one_step(
     )  # fmt: skip
     gradients = {name: before[name] - value.detach() for name, value in double.named_parameters()}
     return {"gradients": gradients, "buffers": dict(double.named_buffers())}
+
+
+def measured(folder: str, runtime: Runtime) -> dict:
+    """Statistics of 20 clips in two batches of all ranks, in each mode."""
+    found = {}
+    for mode in BATCH_NORMS:
+        torch.manual_seed(3)
+        double = Double(ReSpike(num_classes=8, stride=4, snn_batch_norm=mode))
+        videos = table(folder, 24)
+        data = VideoDataset(videos, random_clips(videos), SEGMENTS, [multi_scale_crop(32, flip=False)], seed=0)
+        batches = TrainBatchSampler(len(data), 12 // runtime.count, 0, runtime.rank, runtime.count)
+        loader = DeviceLoader(make_loader(data, batches, 0, pin=False), 4, runtime)
+        assert measure_statistics(double, loader, runtime, epoch=1, clips=20)["precise_bn_clips"] == 20
+        found |= {f"{mode} {name}": value for name, value in double.named_buffers()}
+    return found
 
 
 def fused_batch_norm(runtime: Runtime) -> dict:

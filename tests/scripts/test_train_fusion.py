@@ -204,6 +204,44 @@ def test_stopped_in_evaluation_and_resumed(monkeypatch, capfd, flags, tmp_path, 
     assert comparable(run) == comparable(whole) and same_weights(run, whole)
 
 
+@pytest.fixture(scope="module")
+def measured(tiny_demo, tmp_path_factory) -> Path:
+    """As `whole`, with batch norm measured before each test; not to be changed."""
+    folder = tmp_path_factory.mktemp("measured")
+    run_main(small_run(tiny_demo, folder) | {"--precise-bn": 9})
+    return folder / "run"
+
+
+def test_precise_batch_norm_changes_what_is_tested_and_nothing_that_is_trained(measured, whole):
+    own, other = (load_checkpoint(folder / "last.pt") for folder in (measured, whole))
+    running = {name for name in own["model"] if name.endswith(("running_mean", "running_var"))}
+    for name, value in own["model"].items():
+        assert torch.equal(value, other["model"][name]) == (name not in running), name
+    for line, before in zip(metrics(measured), metrics(whole), strict=True):
+        assert line["precise_bn_clips"] == 9 and line["precise_bn_seconds"] > 0
+        assert line["train_loss"] == before["train_loss"] and line["test_loss"] != before["test_loss"]
+
+
+def test_stopped_while_batch_norm_is_measured_and_while_it_is_tested(monkeypatch, capfd, flags, measured):
+    """Five training batches, two that are measured, two that are tested: it stops at each of the latter and resumes."""
+    more = flags | {"--precise-bn": 9, "--resume": "auto"}
+    for answers in ([False] * 6 + [True], [False] * 2 + [True]):
+        with monkeypatch.context() as patch:
+            left = iter(answers)
+            patch.setattr("utils.signals.StopRequest.requested", lambda self, left=left: next(left))
+            status, out, err = run_here(patch, capfd, more)
+            assert status == 0 and "in epoch 1 after 24 clips" in out, err
+    status, out, err = run_here(monkeypatch, capfd, more)
+    assert status == 0 and "note: --" not in out and "batch norm measured in" in out, err
+    run = Path(flags["--run-dir"])
+    assert comparable(run) == comparable(measured) and same_weights(run, measured)
+
+
+def test_too_few_clips_to_measure_batch_norm_on(monkeypatch, capfd, flags):
+    alone = flags | {"-T": 2, "--stride": 2, "-b": 2, "--precise-bn": 3}
+    refused(monkeypatch, capfd, alone, "--precise-bn: its smallest batch holds one key frame of 32 x 32 pixels")
+
+
 def test_a_resumed_run_follows_its_flags(monkeypatch, capfd, flags, finished):
     changed = flags | {"-lr": "0.004", "--weight_decay": "0.01", "--epochs": 4, "--resume": "auto"}
     status, out, _ = run_here(monkeypatch, capfd, changed)

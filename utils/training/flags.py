@@ -127,6 +127,9 @@ def add_shared_flags(parser: ArgumentParser) -> None:
     add("--amp", action=_YES_NO,
         help="mixed precision: bf16 if the hardware has it, fp16 on older GPUs; --no-amp is fp32 (no TF32)")
     add("--sync-bn", action=_YES_NO, help="batch norm statistics over all processes; takes more memory")
+    add("--precise-bn", type=whole(0), metavar="N",
+        help="before each evaluation, measure batch norm's mean and variance anew on N training clips with the weights "
+        "as they are then; 0: the running ones")
     add("--lif-backend", choices=BACKENDS,
         help="code of the spiking layers and of batch norm: fused GPU kernels, plain PyTorch, SpikingJelly; auto: "
         "kernels on a GPU")
@@ -252,8 +255,16 @@ def check_epoch(args: argparse.Namespace, loader: DeviceLoader, runtime: Runtime
         return
     if not sizes:
         raise UserError(f"{loader.clips} training clips cannot be shared out to {runtime.count} processes")
-    if min(sizes) // runtime.count * (args.time // args.stride) == 1 and args.size == SIZE_MULTIPLE:
-        raise UserError(
-            f"-b: the last batch of an epoch holds one key frame of {args.size} x {args.size} pixels, on which batch "
-            "norm cannot be trained; take another -b, more key frames (-T) or a larger --size"
-        )
+    smallest = {"-b: the last batch of an epoch": min(sizes)}
+    if args.precise_bn:
+        loader.batches.set_first(0, args.precise_bn)
+        smallest["--precise-bn: its smallest batch"] = min(loader.batches.sizes())
+        loader.batches.set_position(0)
+    for batch, clips in smallest.items():
+        if clips < runtime.count:
+            raise UserError(f"{batch} has {clips} clips, which cannot be shared out to {runtime.count} processes")
+        if clips // runtime.count * (args.time // args.stride) == 1 and args.size == SIZE_MULTIPLE:
+            raise UserError(
+                f"{batch} holds one key frame of {args.size} x {args.size} pixels, on which batch norm cannot be "
+                "trained; take another number of clips, more key frames (-T) or a larger --size"
+            )
