@@ -32,15 +32,15 @@ class TrainBatchSampler(Sampler):
         self._epoch, self._done, self._first = epoch, clips_done, None
 
     def set_first(self, epoch: int, clips: int) -> None:
-        """The first `clips` clips of the epoch, or all if it has fewer. Sizes of batches differ by one at most, so that
-        none is left out and none is small."""
+        """The first `clips` clips of the epoch, or all if it has fewer. Sizes of batches differ by one at most, and
+        none is smaller than a batch of the training (but less than twice as large): no clip is left out."""
         self._epoch, self._done, self._first = epoch, 0, min(clips, self._clips)
 
     def sizes(self) -> list[int]:
         """Clips of each batch to come, over all ranks."""
         step = self.batch_size * self._processes
         if self._first is not None:
-            batches = -(-self._first // step)
+            batches = max(1, self._first // step)
             ends = [number * self._first // batches for number in range(batches + 1)]
             return [end - start for start, end in itertools.pairwise(ends)]
         sizes = [min(step, self._clips - start) for start in range(self._done, self._clips, step)]

@@ -47,7 +47,7 @@ def test_fewer_clips_than_processes_are_left_out():
     assert [[len(batch) for batch in own] for own in epoch(15, 4, 3)] == [[4, 1]] * 3
 
 
-@pytest.mark.parametrize("clips, sizes", [(4, [4]), (12, [12]), (13, [6, 7]), (25, [8, 8, 9]), (40, [10, 10, 11])])
+@pytest.mark.parametrize("clips, sizes", [(4, [4]), (12, [12]), (13, [13]), (25, [12, 13]), (40, [15, 16])])
 def test_the_first_clips_of_an_epoch_in_even_batches(clips, sizes):
     """The same ones in 1, 2 and 3 processes, none of which goes without."""
     order = epoch(31, 12, epoch=5)[0]

@@ -108,7 +108,7 @@ def one_step(
 
 
 def measured(folder: str, runtime: Runtime) -> dict:
-    """Statistics of 20 clips in two batches of all ranks, in each mode."""
+    """Statistics of 24 clips in two batches of all ranks, in each mode."""
     found = {}
     for mode in BATCH_NORMS:
         torch.manual_seed(3)
@@ -117,7 +117,7 @@ def measured(folder: str, runtime: Runtime) -> dict:
         data = VideoDataset(videos, random_clips(videos), SEGMENTS, [multi_scale_crop(32, flip=False)], seed=0)
         batches = TrainBatchSampler(len(data), 12 // runtime.count, 0, runtime.rank, runtime.count)
         loader = DeviceLoader(make_loader(data, batches, 0, pin=False), 4, runtime)
-        assert measure_statistics(double, loader, runtime, epoch=1, clips=20)["precise_bn_clips"] == 20
+        assert measure_statistics(double, loader, runtime, epoch=1, clips=24)["precise_bn_clips"] == 24
         found |= {f"{mode} {name}": value for name, value in double.named_buffers()}
     return found
 

@@ -238,7 +238,7 @@ def test_stopped_while_batch_norm_is_measured_and_while_it_is_tested(monkeypatch
 
 
 def test_too_few_clips_to_measure_batch_norm_on(monkeypatch, capfd, flags):
-    alone = flags | {"-T": 2, "--stride": 2, "-b": 2, "--precise-bn": 3}
+    alone = flags | {"-T": 2, "--stride": 2, "-b": 2, "--precise-bn": 1}
     refused(monkeypatch, capfd, alone, "--precise-bn: its smallest batch holds one key frame of 32 x 32 pixels")
 
 
