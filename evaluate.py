@@ -34,6 +34,7 @@ from utils.energy import (
     count_operations,
     energy_report,
     format_report,
+    own_neurons,
     spike_statistics,
 )
 from utils.errors import ArgumentParser, UserError
@@ -262,7 +263,12 @@ def network_energy(tested: Tested, constants: Constants, runtime: Runtime, other
     clip = (tested.trained.frames, tested.trained.size)
     spikes = spike_statistics(runtime.sum(runtime.in_all(tested.meter.sums)), tested.meter.layers)
     return energy_report(
-        count_operations(tested.model, *clip), spikes, constants, count_memory(tested.model, *clip), others
+        count_operations(tested.model, *clip),
+        spikes,
+        constants,
+        count_memory(tested.model, *clip),
+        others,
+        own_neurons(tested.model),
     )
 
 

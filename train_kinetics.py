@@ -77,7 +77,8 @@ DEFAULTS = dict(
     branches="both",  # or "ann", "snn"
     fusion="cross",  # cross-attention; or "lean", "concat"
     snn_bn="per-step",  # batch norm statistics of each time step, one set in testing; or "merged", "through-time"
-    neuron="lif",  # a name in models/neurons.py
+    neuron="lif",  # a name in models/neurons.py, or sj.NAME of SpikingJelly (--help lists them)
+    neuron_args=None,  # of a neuron of SpikingJelly, as "v_threshold=0.8,detach_reset=True"
     tau=4 / 3,  # membrane time constant, in time steps
     surrogate="atan",  # or "sigmoid", "triangle"
     alpha=2.0,  # steepness of the surrogate gradient
@@ -265,12 +266,12 @@ def build(
         branches=args.branches, fusion=args.fusion, snn_batch_norm=args.snn_bn,
     )  # fmt: skip
     settings = network | dict(
-        classes=classes, T=args.time, residual=args.residual, neuron=args.neuron, tau=args.tau,
-        surrogate=args.surrogate, alpha=args.alpha,
+        classes=classes, T=args.time, residual=args.residual, neuron=args.neuron, neuron_args=args.neuron_args or {},
+        tau=args.tau, surrogate=args.surrogate, alpha=args.alpha,
     )  # fmt: skip
     starts = checkpoint is None and runtime.is_main  # other ranks take the weights of rank 0
     model = ReSpike(
-        **network, neuron=neuron_parameters(args), neuron_type=args.neuron,
+        **network, neuron=neuron_parameters(args), neuron_type=args.neuron, neuron_args=args.neuron_args,
         weights=args.weights if starts and args.init is None else None,
         lif_backend=args.lif_backend, pack_spikes=args.pack_spikes,
     )  # fmt: skip

@@ -55,7 +55,7 @@ def start_segment(model: ReSpike, key: Tensor, state: StreamState) -> StreamStat
     layers = [layer for stage in model.lif_layers().values() for layer in stage]
     other = next((layer for layer in layers if type(layer) is not LIF), None)
     if other is not None:
-        raise UserError(f"a stream carries membranes of lif neurons only; this network has {type(other).__name__}")
+        raise UserError(f"a stream carries membranes of lif neurons only; this network has {other.name}")
     ann, contexts = None, [None] * len(model.fusions)
     if model.ann is not None:
         ann = model.ann.stem(key)

@@ -193,7 +193,7 @@ def test_a_new_neuron_is_a_class_and_an_entry(monkeypatch, backend):
         ({"fusion": "sum"}, "cross, lean, concat"),
         ({"num_classes": 0}, "num_classes"),
         ({"snn_batch_norm": "x"}, "per-step, merged, through-time"),
-        ({"neuron_type": "izhikevich"}, "neuron_type must be one of lif"),
+        ({"neuron_type": "izhikevich"}, "izhikevich: expected lif or sj.NAME"),
         ({"lif_backend": "cuda"}, "lif_backend must be one of auto, triton"),
         ({"neuron": LIFParameters(surrogate="triangle"), "lif_backend": "spikingjelly"}, "no surrogate triangle"),
         ({"weights": "/no/such/file"}, "no such file"),

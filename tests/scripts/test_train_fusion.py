@@ -15,6 +15,7 @@ import torch
 
 import train_fusion
 import train_kinetics
+from models import ReSpike
 from models.neurons import LIF, NEURONS
 from tests.helpers.script import (
     TIMES,
@@ -31,8 +32,10 @@ from tests.helpers.script import (
     start,
     wait_until,
 )
+from tests.helpers.spikingjelly import skip_without_spikingjelly
 from utils.checkpoint import load_checkpoint
 from utils.runtime import Runtime
+from utils.training.metrics import learned_by_neurons
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +103,29 @@ def test_energy_is_not_counted_for_graded_spikes(monkeypatch, capfd, flags):
     assert "neuron Graded gives others" in out and "the run ends without it" in out
     closing = all_metrics(Path(flags["--run-dir"]))[-1]
     assert "energy" not in closing and closing["device_hours"] > 0
+
+
+def test_a_neuron_of_spikingjelly(monkeypatch, capfd, flags):
+    """It is trained, counted, kept in the checkpoint and named where other arguments do not fit. --help lists it."""
+    skip_without_spikingjelly()
+    more = {"--neuron": "sj.ParametricLIFNode", "--neuron-args": "v_threshold=0.5,detach_reset=True", "--energy": None}
+    status, _, err = run_here(monkeypatch, capfd, flags | more | {"--epochs": 1})
+    assert status == 0, err
+    run = Path(flags["--run-dir"])
+    (line,) = metrics(run)
+    assert set(line["neuron_tau"]) == set(line["firing_rate"]) and min(line["firing_rate"].values()) > 0
+    assert all(tau != pytest.approx(4 / 3, abs=1e-6) for tau in line["neuron_tau"].values())
+    assert "neuron sj.ParametricLIFNode" in all_metrics(run)[-1]["energy"]["counted_as_zero"]
+    model = ReSpike.from_checkpoint(run)
+    assert model.trained.settings["neuron_args"] == {"v_threshold": 0.5, "detach_reset": True}
+    assert learned_by_neurons(model)["neuron_tau"] == pytest.approx(line["neuron_tau"])
+    other = flags | more | {"--neuron-args": "v_threshold=0.6", "--resume": "auto"}
+    refused(monkeypatch, capfd, other, r"its neuron_args is \{'v_threshold': 0.5.*this run's is \{'v_threshold': 0.6\}")
+    refused(monkeypatch, capfd, flags | {"--neuron": "sj.PSN", "--tau": 2}, r"^error: --tau 2\.0: sj\.PSN has no time")
+    refused(monkeypatch, capfd, flags | {"--neuron-args": "tau"}, r"--neuron-args must be NAME=VALUE,\.\.\.")
+    refused(monkeypatch, capfd, flags | {"--neuron": "x"}, "--neuron x: expected lif or sj.NAME of SpikingJelly")
+    _, out, _ = run_here(monkeypatch, capfd, {"--help": None})
+    assert "sj.PSN" in out and "sj.TernaryLIFNode" not in out
 
 
 def test_validation_selects_without_the_test_set(monkeypatch, capfd, flags):

@@ -4,6 +4,7 @@ A flag's meaning, type and range stand here, once. Its default stands in `DEFAUL
 """
 
 import argparse
+import ast
 import math
 import os
 import sys
@@ -22,6 +23,7 @@ from models.kernels.surrogates import SURROGATES
 from models.neurons import BACKENDS, NEURONS, runs_on_triton
 from models.resnet import BACKBONES
 from models.respike import BRANCHES, FUSIONS, SIZE_MULTIPLE
+from models.spikingjelly_neurons import neuron_factory, spikingjelly_names
 from utils.checkpoint import Checkpoint, find_checkpoint
 from utils.device import choose_algorithms, cpu_count, device_name, seed_all
 from utils.errors import ArgumentParser, UserError
@@ -55,6 +57,21 @@ def number(least: float, below: float | None = None) -> Callable[[str], float]:
 
     convert.__name__ = "float"
     return convert
+
+
+def keyword_arguments(text: str) -> dict:
+    """The type of a flag: "tau=2.0,decay_input=False" -> {"tau": 2.0, "decay_input": False}. A value that is neither a
+    number, True, False nor None is a word."""
+    found = {}
+    for part in filter(None, text.split(",")):
+        name, equals, value = part.strip().partition("=")
+        if not equals or not name.isidentifier() or name in found:
+            raise argparse.ArgumentTypeError(f"must be NAME=VALUE,... with each name once, got {text!r}")
+        try:
+            found[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            found[name] = value
+    return found
 
 
 def _in_range(value: float, least: float, below: float | None) -> float:
@@ -106,7 +123,13 @@ def add_shared_flags(parser: ArgumentParser) -> None:
     add("--snn-bn", choices=BATCH_NORMS,
         help="SNN batch norm: statistics of each time step in training and one set for all in testing (published), one "
         "set for all in both, or of each time step in both")
-    add("--neuron", choices=sorted(NEURONS), help="type of the spiking neuron")
+    # Finding SpikingJelly's takes seconds.
+    names = ", ".join(spikingjelly_names() if {"-h", "--help"} & set(sys.argv[1:]) else [])
+    add("--neuron", metavar="NAME",
+        help=f"type of the spiking neuron: {', '.join(sorted(NEURONS))}, or of SpikingJelly (in brackets what "
+        f"--neuron-args must give): {names or 'none found'}")
+    add("--neuron-args", type=keyword_arguments, metavar="NAME=VALUE,...",
+        help="keyword arguments of a neuron of SpikingJelly; it takes --tau, --surrogate and --alpha where it has them")
     add("--tau", type=number(1), metavar="STEPS", help="membrane time constant, in time steps")
     add("--surrogate", choices=SURROGATES, help="surrogate gradient of the spike")
     add("--alpha", type=number(0), metavar="A", help="steepness of the surrogate gradient")
@@ -193,9 +216,10 @@ def _check_together(args: argparse.Namespace) -> None:
     if args.sampling == "segments" and args.frame_stride != 1:
         raise UserError("--frame-stride: segments cover the whole video; it goes with --sampling window")
     try:
-        neuron_parameters(args)
+        parameters = neuron_parameters(args)
     except ValueError as error:
         raise UserError(f"--tau, --surrogate, --alpha: {error}") from error
+    neuron_factory(args.neuron, parameters, args.lif_backend, args.neuron_args, args.stride - 1)  # refused if unknown
     if args.cuda_graphs and (args.device.startswith("cpu") or args.accumulate > 1 or args.compile):
         raise UserError(
             f"--cuda-graphs needs a GPU, --accumulate 1 and no --compile; got --device {args.device}, "
