@@ -25,6 +25,7 @@ from torch import Tensor
 
 import train_fusion
 import train_kinetics
+from dataset.device_loader import DeviceLoader
 from dataset.transforms import CROP_POSITIONS
 from models import Network, network_of
 from models.neurons import BACKENDS, runs_on_triton
@@ -37,6 +38,7 @@ from utils.energy import (
     count_operations,
     energy_report,
     format_report,
+    own_neurons,
     spike_statistics,
 )
 from utils.errors import ArgumentParser, UserError
@@ -49,12 +51,13 @@ from utils.trained import TrainedNetwork, export, load_trained
 from utils.training.engine import evaluate
 from utils.training.flags import number, of_this_machine, whole
 from utils.training.metrics import VideoScores
+from utils.training.precise_bn import measure_statistics
 from utils.training.report import confusion, per_class, write_confusion, write_predictions
 
 # Flags that replace what the checkpoint's run was given, each only if its training script has it.
 _DATA_FLAGS = (
     "data_root", "annotation_path", "split", "val_list", "val_root", "views", "crops", "batch_size", "workers",
-    "index_dir", "strict", "amp", "lif_backend", "device",
+    "index_dir", "strict", "amp", "lif_backend", "device", "train_list", "train_root",
 )  # fmt: skip
 
 
@@ -73,6 +76,10 @@ def parse_args() -> argparse.Namespace:
     add("--views", type=whole(1), metavar="N", help="clips a video, evenly spread; their softmax is averaged")
     add("--crops", type=int, choices=sorted(CROP_POSITIONS), help="crops a view")
     add("--strict", action=yes_no, help="stop at a video that cannot be read")
+    add("--precise-bn", type=whole(0), default=0, metavar="N",
+        help="first measure batch norm's mean and variance anew on N training clips of the checkpoint's run")
+    add("--train-list", metavar="FILE", help="list of these training clips (Kinetics-400, lists)")
+    add("--train-root", metavar="FOLDER", help="folder that its paths start from")
     add = parser.add_argument_group("how it is computed").add_argument
     add("-b", "--batch_size", "--batch-size", type=whole(1), metavar="N", help="clips a batch and process")
     add("-j", "--workers", type=whole(0), metavar="N", help="data loading processes of each process")
@@ -88,11 +95,14 @@ def parse_args() -> argparse.Namespace:
         help="other runs, for example with --branches frames: tested on the same videos and counted alike")
     add = parser.add_argument_group("output").add_argument
     add("--out", metavar="FOLDER", help="folder of evaluation.json and the other files; not given: the checkpoint's")
-    add("--export", metavar="FILE.safetensors", help="write weights and settings to this file, and test nothing")
+    add("--export", metavar="FILE.safetensors", help="write weights and settings to this file, and test nothing; with "
+        "--precise-bn, test the network and write the weights with the measured statistics")
     # fmt: on
     args = parser.parse_args()
     if args.export is not None and (args.energy or len(args.checkpoints) > 1):
         raise UserError("--export: writes one network and tests nothing; give one checkpoint, and no --energy")
+    if not args.precise_bn and (args.train_list or args.train_root):
+        raise UserError("--train-list, --train-root: name training clips, which only --precise-bn N looks at")
     if args.split == "all" and len(args.checkpoints) != 3:
         raise UserError(f"--split all: expected the runs of splits 1, 2 and 3, got {len(args.checkpoints)} checkpoints")
     if args.split != "all" and len(args.checkpoints) != 1:
@@ -104,7 +114,7 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> int:
     args = parse_args()
-    if args.export is not None:
+    if args.export is not None and not args.precise_bn:
         trained = load_trained(Path(args.checkpoints[0]))
         export(trained, Path(args.export))
         print(f"{args.export}: weights and settings of {trained.path}, {len(trained.weights)} tensors")
@@ -143,6 +153,10 @@ def test_run(args: argparse.Namespace, path: str, out: str | None, runtime: Runt
         result["energy"] = energy(args, tested, others, runtime)
     runtime.from_main(write_all, folder, tested, result)
     runtime.from_main(print_result, result, folder)
+    if args.export is not None:
+        measured = {name: value.cpu() for name, value in tested.model.state_dict().items()}
+        runtime.from_main(export, replace(trained, weights=measured), Path(args.export))
+        print(f"{args.export}: weights and settings of {trained.path}, with the measured statistics")
     return result
 
 
@@ -163,7 +177,9 @@ class Tested:
 def run_flags(args: argparse.Namespace, trained: TrainedNetwork) -> argparse.Namespace:
     """The flags of the checkpoint's run, with those that were given now in their place."""
     script = script_of(trained)
-    flags = {**script.DEFAULTS, **trained.flags, "workers": None, "index_dir": None, "device": None, "test_only": True}
+    # What the run's own evaluations measured is in the checkpoint: only what is asked for now is measured.
+    own = {"workers": None, "index_dir": None, "device": None, "precise_bn": args.precise_bn}
+    flags = {**script.DEFAULTS, **trained.flags, **own, "test_only": not args.precise_bn}
     given = {name: getattr(args, name) for name in _DATA_FLAGS if getattr(args, name) is not None}
     for name in given:
         if name not in flags:
@@ -171,7 +187,7 @@ def run_flags(args: argparse.Namespace, trained: TrainedNetwork) -> argparse.Nam
                 f"--{name.replace('_', '-')}: not a flag of {script.__name__}.py, which wrote {trained.path}"
             )
     if "data_root" in given and "val_root" in flags:
-        flags["val_root"] = None  # a root for both lists
+        flags["val_root"] = flags["train_root"] = None  # a root for both lists
     if "split" in given:
         given["split"] = int(given["split"])
     return of_this_machine(argparse.Namespace(**(flags | given)))
@@ -193,6 +209,11 @@ def test_network(args: argparse.Namespace, trained: TrainedNetwork, runtime: Run
     data = runtime.in_all(script.load_data, flags, *tables, runtime, None)
     model = runtime.in_all(network_of, trained, flags.lif_backend)
     model = model.to(runtime.device, memory_format=model.memory_format)
+    measured = {}
+    if args.precise_bn:
+        if flags.freeze == "ann":
+            model.freeze_ann()
+        measured = measure(model, data.train_loader, trained.epochs, args.precise_bn, runtime)
     videos = data.test_loader.videos
     scores = VideoScores(len(videos), runtime.device)
     meter = SpikeMeter(model) if args.energy else None
@@ -202,10 +223,17 @@ def test_network(args: argparse.Namespace, trained: TrainedNetwork, runtime: Run
     computed = {"lif_backend": flags.lif_backend, **runtime.described()}
     result = {
         "checkpoint": str(trained.path), "epochs": trained.epochs, "network": trained.settings,
-        "protocol": places | data.protocol | computed, **scored, **described_code(),
+        "protocol": places | data.protocol | computed | measured, **scored, **described_code(),
     }  # fmt: skip
     paths = [videos.path(number) for number in range(len(videos))]
     return Tested(trained, model, result, *scores.of_all_ranks(runtime, len(classes)), paths, meter)
+
+
+def measure(model: Network, loader: DeviceLoader, epochs: int, clips: int, runtime: Runtime) -> dict:
+    """`measure_statistics` on clips of the last of the epochs, as --precise-bn measures in training."""
+    measured = measure_statistics(model, loader, runtime, epoch=max(0, epochs - 1), clips=clips)
+    print("batch norm: measured on {precise_bn_clips} training clips in {precise_bn_seconds:.1f} s".format(**measured))
+    return measured
 
 
 def _check_classes(classes: list[str], trained: TrainedNetwork) -> None:
@@ -239,7 +267,12 @@ def network_energy(tested: Tested, constants: Constants, runtime: Runtime, other
     clip = (tested.trained.frames, tested.trained.size)
     spikes = spike_statistics(runtime.sum(runtime.in_all(tested.meter.sums)), tested.meter.layers)
     return energy_report(
-        count_operations(tested.model, *clip), spikes, constants, count_memory(tested.model, *clip), others
+        count_operations(tested.model, *clip),
+        spikes,
+        constants,
+        count_memory(tested.model, *clip),
+        others,
+        own_neurons(tested.model),
     )
 
 

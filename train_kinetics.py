@@ -81,8 +81,9 @@ DEFAULTS = dict(
     downsample=False,  # fuse at all four stages, the first two at reduced size; else at stages 2 to 4
     branches="both",  # or "ann", "snn"; "frames": the ResNet alone on every frame, to compare with
     fusion="cross",  # cross-attention; or "film", "lean", "concat"
-    snn_bn="per-step",  # batch norm statistics of each time step; or "merged"
-    neuron="lif",  # a name in models/neurons.py
+    snn_bn="per-step",  # batch norm statistics of each time step, one set in testing; or "merged", "through-time"
+    neuron="lif",  # a name in models/neurons.py, or sj.NAME of SpikingJelly (--help lists them)
+    neuron_args=None,  # of a neuron of SpikingJelly, as "v_threshold=0.8,detach_reset=True"
     tau=4 / 3,  # membrane time constant, in time steps
     surrogate="atan",  # or "sigmoid", "triangle"
     alpha=2.0,  # steepness of the surrogate gradient
@@ -101,6 +102,7 @@ DEFAULTS = dict(
     # how it is computed
     amp=True,  # mixed precision
     sync_bn=False,  # batch norm statistics over all processes
+    precise_bn=0,  # training clips to measure batch norm's statistics on before each evaluation; 0: the running ones
     lif_backend="auto",  # fused GPU kernels if there is a GPU; or "triton", "reference", "spikingjelly"
     pack_spikes=False,  # one bit a spike kept for the backward pass
     deterministic=False,
@@ -171,7 +173,7 @@ def main() -> int:
         schedule=lambda epoch: cosine_with_warmup(epoch, args.epochs, args.warmup_epochs),
         accumulation_steps=args.accumulate, clip_norm=args.clip_norm,
         checkpoint_minutes=args.checkpoint_minutes, keep=args.keep, log_every=args.log_every,
-        cuda_graphs=args.cuda_graphs,
+        precise_bn=args.precise_bn, cuda_graphs=args.cuda_graphs,
     )  # fmt: skip
     if finished:
         conclude(
@@ -196,7 +198,7 @@ class Data:
 
 
 def find_videos(
-    args: argparse.Namespace, run: RunFolder, checkpoint: Checkpoint | None
+    args: argparse.Namespace, run: RunFolder | None, checkpoint: Checkpoint | None
 ) -> tuple[list[str], VideoTable, VideoTable, VideoTable]:
     """(classes, videos to train, to validate, to test on). Rank 0 reads them for all."""
 
@@ -212,7 +214,7 @@ def find_videos(
         class_names = checkpoint.classes
     split = read_lists(None if args.test_only else named("train"), named("val"), class_names, args.num_classes)
     index = VideoIndex(Path(args.index_dir) / f"{args.dset}.json", verify_full=args.verify == "full")
-    write_list = None if args.test_only else run.write_list
+    write_list = None if args.test_only or run is None else run.write_list
     return split.classes, *readable_videos(split, index, args.strict, write_list, args.val_fraction, args.seed)
 
 
@@ -277,10 +279,13 @@ def build(
             snn_batch_norm=args.snn_bn,
         )  # fmt: skip
         model = ReSpike(
-            **network, neuron=neuron_parameters(args), neuron_type=args.neuron, weights=weights,
-            lif_backend=args.lif_backend, pack_spikes=args.pack_spikes,
+            **network, neuron=neuron_parameters(args), neuron_type=args.neuron, neuron_args=args.neuron_args,
+            weights=weights, lif_backend=args.lif_backend, pack_spikes=args.pack_spikes,
         )  # fmt: skip
-        network |= dict(neuron=args.neuron, tau=args.tau, surrogate=args.surrogate, alpha=args.alpha)
+        network |= dict(
+            neuron=args.neuron, neuron_args=args.neuron_args or {}, tau=args.tau, surrogate=args.surrogate,
+            alpha=args.alpha,
+        )  # fmt: skip
     settings = network | dict(
         network=type(model).__name__, classes=classes, T=args.time, stride=args.stride, residual=args.residual
     )

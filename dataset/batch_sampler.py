@@ -4,6 +4,7 @@ Both samplers give batches of keys (epoch, clip), for `DataLoader(batch_sampler=
 seen twice.
 """
 
+import itertools
 import random
 from collections.abc import Iterator
 
@@ -16,7 +17,8 @@ class TrainBatchSampler(Sampler):
     what one rank with a batch W times as large would. The last batch of an epoch shares out evenly what is left;
     if fewer clips than ranks are left, they are left out.
 
-    `set_position` chooses the epoch and how many of its clips are done already.
+    `set_position` chooses the epoch and how many of its clips are done already. `set_first` chooses the first clips of
+    an epoch alone.
     """
 
     def __init__(self, clips: int, batch_size: int, seed: int, rank: int = 0, processes: int = 1):
@@ -24,13 +26,23 @@ class TrainBatchSampler(Sampler):
         self.batch_size = batch_size
         self._rank, self._processes = rank, processes
         self._epoch = self._done = 0
+        self._first: int | None = None
 
     def set_position(self, epoch: int, clips_done: int = 0) -> None:
-        self._epoch, self._done = epoch, clips_done
+        self._epoch, self._done, self._first = epoch, clips_done, None
+
+    def set_first(self, epoch: int, clips: int) -> None:
+        """The first `clips` clips of the epoch, or all if it has fewer. Sizes of batches differ by one at most, and
+        none is smaller than a batch of the training (but less than twice as large): no clip is left out."""
+        self._epoch, self._done, self._first = epoch, 0, min(clips, self._clips)
 
     def sizes(self) -> list[int]:
         """Clips of each batch to come, over all ranks."""
         step = self.batch_size * self._processes
+        if self._first is not None:
+            batches = max(1, self._first // step)
+            ends = [number * self._first // batches for number in range(batches + 1)]
+            return [end - start for start, end in itertools.pairwise(ends)]
         sizes = [min(step, self._clips - start) for start in range(self._done, self._clips, step)]
         return sizes[:-1] if sizes and sizes[-1] < self._processes else sizes
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from models.batch_norm import fit_running
 from models.network import Network
 from models.published_weights import rename_published_state_dict
 from models.resnet import read_state_dict
@@ -23,8 +24,9 @@ def initialise(model: Network, settings: dict, path: Path) -> str:
     path: a checkpoint, a .safetensors file, or a state dict of this network or of the published code, saved from
         DistributedDataParallel or torch.compile or not.
 
-    The head stays as it is if the classes differ; a state dict names no classes, so their number decides. Raises
-    UserError if the network there has another backbone or variant.
+    The head stays as it is if the classes differ; a state dict names no classes, so their number decides. Statistics
+    of batch norm that the time steps share, there or here only, are fitted (`fit_running`). Raises UserError if the
+    network there has another backbone or variant.
     """
     try:
         trained = load_trained(path)
@@ -37,11 +39,13 @@ def initialise(model: Network, settings: dict, path: Path) -> str:
         if state_dict.keys() & model.state_dict().keys():
             about, weights = "a state dict, without settings", state_dict
             same_classes = len(weights.get("head.bias", ())) == model.head.out_features
+            fitted = fit_running(weights, model.state_dict())
         elif not isinstance(model, ReSpike):
             raise UserError(str(refusal), about="init") from refusal
         else:
             about = "weights of the published code"
             weights, same_classes = _from_published(model, state_dict, path)
+            fitted = settings.get("snn_batch_norm") == "through-time"
     else:
         if trained.network != type(model).__name__:
             raise UserError(
@@ -59,6 +63,7 @@ def initialise(model: Network, settings: dict, path: Path) -> str:
         ]  # fmt: skip
         about = "; ".join([f"trained for {trained.epochs} epochs", *changed])
         weights, same_classes = dict(trained.weights), trained.classes == settings["classes"]
+        fitted = fit_running(weights, model.state_dict())
     if not same_classes:
         weights |= {f"head.{name}": value for name, value in model.head.state_dict().items()}
     try:
@@ -69,7 +74,11 @@ def initialise(model: Network, settings: dict, path: Path) -> str:
             f"{path}: not weights of the network that --model, --branches, --fusion and --downsample name ({detail})",
             about="init",
         ) from error
-    return f"network: starts from {path} ({about}){'' if same_classes else '; the head is new: other classes'}"
+    notes = "" if same_classes else "; the head is new: other classes"
+    if fitted:
+        each = settings["snn_batch_norm"] == "through-time"
+        notes += f"; SNN batch norm: {'every time step starts' if each else 'starts'} from statistics of all steps"
+    return f"network: starts from {path} ({about}){notes}"
 
 
 def _from_published(model: ReSpike, state_dict: dict[str, Tensor], path: Path) -> tuple[dict[str, Tensor], bool]:

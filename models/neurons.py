@@ -5,6 +5,7 @@
 
 To add a neuron, write a subclass of `LIF` with a `forward` of its own and name it in NEURONS. Every backend then
 calls that `forward`: the fused kernels, which know the equations of `LIF` alone, stop at the batch norm before it.
+Those of SpikingJelly need no class of their own: `models.spikingjelly_neurons`.
 """
 
 import torch
@@ -113,6 +114,15 @@ class LIF(nn.Module):
         # Buffers, not Python numbers: a number that changes would make torch.compile trace anew.
         self.register_buffer("spike_sum", torch.zeros((), dtype=torch.float64), persistent=False)
         self.register_buffer("neuron_steps", torch.zeros((), dtype=torch.float64), persistent=False)
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        return type(self).__name__
+
+    def learned(self) -> dict[str, float]:
+        """What the neurons have learned, as far as it is numbers for the whole layer: name -> value, for metrics."""
+        return {}
 
     def forward(self, current: Tensor) -> Tensor:
         spikes, _ = lif(current, self.parameters_, backend=self.backend, keep_v=False)

@@ -4,6 +4,7 @@ import re
 
 from torch import Tensor, nn
 
+from models.batch_norm import fit_running
 from utils.errors import UserError
 
 # Applied in order to this project's name; the result is the published one.
@@ -43,12 +44,13 @@ def published_names(model: nn.Module) -> dict[str, str]:
 
 
 def rename_published_state_dict(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """A published state dict under this project's names, checked against `model`'s own.
+    """A published state dict under this project's names, checked against `model`'s own. If `model` keeps the running
+    statistics of each time step, the published ones are taken for every step.
 
     Raises UserError naming, as published, what is missing, unknown or of another shape.
     """
     own_names, own = published_names(model), model.state_dict()
-    renamed, unknown, misshapen = {}, [], []
+    renamed, unknown = {}, []
     for published, value in state_dict.items():
         published = published.removeprefix("module.")  # saved from DataParallel
         if published not in own_names:
@@ -58,9 +60,12 @@ def rename_published_state_dict(state_dict: dict[str, Tensor], model: nn.Module)
         name = own_names[published]
         if _POINTWISE.match(name) and value.dim() == 4:
             value = value.flatten(1)
-        if value.shape != own[name].shape:
-            misshapen.append(f"{published} is {list(value.shape)} where {list(own[name].shape)} is wanted")
         renamed[name] = value
+    fit_running(renamed, own)
+    misshapen = [
+        f"{published} is {list(renamed[name].shape)} where {list(own[name].shape)} is wanted"
+        for published, name in own_names.items() if name in renamed and renamed[name].shape != own[name].shape
+    ]  # fmt: skip
     missing = [published for published, name in own_names.items() if name not in renamed]
     problems = [
         f"{len(items)} {what}, the first: {items[0]}"

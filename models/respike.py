@@ -10,10 +10,11 @@ from models.batch_norm import BATCH_NORMS, StepBatchNorm2d
 from models.film import FilmFusion
 from models.kernels.parameters import LIFParameters
 from models.network import Network
-from models.neurons import BACKENDS, LIF, NEURONS
+from models.neurons import BACKENDS, LIF
 from models.published_weights import rename_published_state_dict
 from models.resnet import ResNetStages
 from models.spiking_resnet import SpikingResNetStages
+from models.spikingjelly_neurons import neuron_factory
 from utils.errors import UserError
 
 BRANCHES = ("both", "ann", "snn")
@@ -46,9 +47,10 @@ class ReSpike(Network):
     branches: "both", or "ann" or "snn" for that branch alone.
     fusion: "cross" (attention, as published), "film" (gain and shift by place), "lean" (attention at a small part of
         its cost), or "concat" to join the branches at the head only.
-    snn_batch_norm: "per-step" (as published) or "merged".
+    snn_batch_norm: "per-step" (as published), "merged" or "through-time" (`models.batch_norm.StepBatchNorm2d`).
     neuron: the equations of the spiking neurons.
-    neuron_type: their class, a name in `models.neurons.NEURONS`.
+    neuron_type: their class, a name in `models.neurons.NEURONS` or sj.NAME of SpikingJelly.
+    neuron_args: keyword arguments of a neuron of SpikingJelly (`models.spikingjelly_neurons`).
     lif_backend: which code runs them and the batch norms, as `models.neurons.lif`.
     pack_spikes: keep one bit a spike for the backward pass (`models.kernels.packing`).
 
@@ -67,6 +69,7 @@ class ReSpike(Network):
         snn_batch_norm: str = "per-step",
         neuron: LIFParameters = LIFParameters(),
         neuron_type: str = "lif",
+        neuron_args: dict | None = None,
         lif_backend: str = "auto",
         pack_spikes: bool = False,
     ):
@@ -79,7 +82,6 @@ class ReSpike(Network):
             ("branches", branches, BRANCHES),
             ("fusion", fusion, FUSIONS),
             ("snn_batch_norm", snn_batch_norm, BATCH_NORMS),
-            ("neuron_type", neuron_type, NEURONS),
             ("lif_backend", lif_backend, BACKENDS),
         ):
             if value not in choices:
@@ -88,14 +90,15 @@ class ReSpike(Network):
             raise UserError(f"lif_backend spikingjelly has no surrogate {neuron.surrogate}; take auto or reference")
         if pack_spikes and neuron_type != "lif":
             raise UserError(f"pack_spikes keeps spikes of 0 and 1, as those of lif; got neuron_type {neuron_type!r}")
+        make_neuron = neuron_factory(neuron_type, neuron, lif_backend, neuron_args, steps=stride - 1)
         self.stride = stride
         self.downsample = downsample
         self.ann = ResNetStages(backbone, weights, lif_backend) if branches != "snn" else None
         self.snn = None
         if branches != "ann":
             self.snn = SpikingResNetStages(
-                neuron=functools.partial(NEURONS[neuron_type], neuron, lif_backend),
-                norm=functools.partial(StepBatchNorm2d, mode=snn_batch_norm, backend=lif_backend),
+                neuron=make_neuron,
+                norm=functools.partial(StepBatchNorm2d, mode=snn_batch_norm, backend=lif_backend, steps=stride - 1),
                 pack_spikes=pack_spikes,
             )
         self.fusions = nn.ModuleList([None] * 4)
@@ -114,7 +117,8 @@ class ReSpike(Network):
     @classmethod
     def from_settings(cls, settings: dict, lif_backend: str) -> "ReSpike":
         return cls(
-            **{name: settings[name] for name in SETTINGS}, neuron_type=settings["neuron"], lif_backend=lif_backend,
+            **{name: settings[name] for name in SETTINGS}, neuron_type=settings["neuron"],
+            neuron_args=settings.get("neuron_args"), lif_backend=lif_backend,
             neuron=LIFParameters(**{name: settings[name] for name in ("tau", "surrogate", "alpha")}),
         )  # fmt: skip
 

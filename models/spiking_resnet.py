@@ -99,8 +99,8 @@ class SpikingStem(nn.Module):
         self.conv = ColourConv2d(3, channels, 3, stride=2, padding=1, bias=False)
         self.bn = norm(channels)
 
-    def forward(self, residual: Tensor, next_neuron: LIF) -> tuple[Tensor, Tensor]:
-        return self.bn(fold_steps(self.conv, residual), neuron=next_neuron, pool=True)
+    def forward(self, residual: Tensor, next_neuron: LIF, first_step: int = 0) -> tuple[Tensor, Tensor]:
+        return self.bn(fold_steps(self.conv, residual), neuron=next_neuron, pool=True, first_step=first_step)
 
 
 class SpikingResNetStages(nn.Module):

@@ -55,7 +55,7 @@ def start_segment(model: ReSpike, key: Tensor, state: StreamState) -> StreamStat
     layers = [layer for stage in model.lif_layers().values() for layer in stage]
     other = next((layer for layer in layers if type(layer) is not LIF), None)
     if other is not None:
-        raise UserError(f"a stream carries membranes of lif neurons only; this network has {type(other).__name__}")
+        raise UserError(f"a stream carries membranes of lif neurons only; this network has {other.name}")
     ann, contexts = None, [None] * len(model.fusions)
     if model.ann is not None:
         ann = model.ann.stem(key)
@@ -97,23 +97,27 @@ def _spiking_step(model: ReSpike, residual: Tensor, state: StreamState) -> tuple
         after.append(v)
         return layer.counted(spikes)
 
-    x, spikes = model.snn.stem(residual[None], functools.partial(fire, model.snn.stages[0][0].lif1))
+    x, spikes = model.snn.stem(residual[None], functools.partial(fire, model.snn.stages[0][0].lif1), state.steps)
     for stage, fusion, context in zip(model.snn.stages, model.fusions, state.contexts, strict=True):
         for block in stage:
-            x, spikes = _block(block, x, spikes, fire), None
+            x, spikes = _block(block, x, spikes, fire, state.steps), None
         if fusion is not None:
             x = fusion.fuse(x, context)
     return tuple(after), x
 
 
-def _block(block: SpikingBlock, x: Tensor, spikes: Tensor | None, fire: Callable[[LIF, Tensor], Tensor]) -> Tensor:
-    """`SpikingBlock.forward` with neurons that start from a membrane."""
+def _block(
+    block: SpikingBlock, x: Tensor, spikes: Tensor | None, fire: Callable[[LIF, Tensor], Tensor], number: int
+) -> Tensor:
+    """`SpikingBlock.forward` of one time step, with neurons that start from a membrane."""
     if spikes is None:
         spikes = fire(block.lif1, x)
-    _, spikes = block.bn1(fold_steps(block.conv1, spikes), neuron=functools.partial(fire, block.lif2), spikes_only=True)
+    _, spikes = block.bn1(
+        fold_steps(block.conv1, spikes), None, functools.partial(fire, block.lif2), spikes_only=True, first_step=number
+    )
     out = fold_steps(block.conv2, spikes)
     if block.shortcut_conv is not None:
         if x.shape[3:] != out.shape[3:]:
             x = F.avg_pool2d(x.flatten(0, 1), block.stride).unflatten(0, x.shape[:2])
-        x, _ = block.shortcut_bn(fold_steps(block.shortcut_conv, x))
-    return block.bn2(out, x)[0]
+        x, _ = block.shortcut_bn(fold_steps(block.shortcut_conv, x), first_step=number)
+    return block.bn2(out, x, first_step=number)[0]

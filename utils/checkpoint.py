@@ -15,11 +15,12 @@ from utils.files import write_atomically
 FORMAT = 2
 # Checkpoints from before these were settings and flags were trained with them.
 EARLIER_SETTINGS = {
-    "network": "ReSpike", "residual": "key", "neuron": "lif", "tau": 4 / 3, "surrogate": "atan", "alpha": 2.0,
+    "network": "ReSpike", "residual": "key", "neuron": "lif", "neuron_args": {}, "tau": 4 / 3, "surrogate": "atan",
+    "alpha": 2.0,
 }  # fmt: skip
 EARLIER_FLAGS = {
     **EARLIER_SETTINGS, "momentum": 0.9, "sampling": "window", "crops": 1, "flip": None, "val_fraction": 0.0,
-    "freeze": None,
+    "freeze": None, "precise_bn": 0, "neuron_args": None,
 }  # fmt: skip
 LAST = "last.pt"  # the newest; last-1.pt is the one before, and so on
 

@@ -90,7 +90,7 @@ def moments_and_running(
     x: Tensor, running_mean: Tensor, running_var: Tensor, batches: Tensor, momentum: float
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`moments`, and an update of running_mean and running_var [C] once a step, in turn, with `momentum`; S is added to
-    batches []."""
+    batches []. Of running statistics [S, C] each step updates its own, and 1 is added."""
     running = (running_mean, running_var, batches, momentum)
     return triton_batch_norm.launch_moments(channels_known(x), membrane_dtype(x.dtype), *running)
 

@@ -99,10 +99,10 @@ def _moments_kernel(
 def _statistics_kernel(
     means_ptr, squares_ptr, mean_ptr, variance_ptr, running_mean_ptr, running_var_ptr, batches_ptr,
     programs, steps, channels, rows, rows_each, momentum,
-    COMPUTE: tl.constexpr, PROGRAMS: tl.constexpr, COLUMNS: tl.constexpr,
+    OF_EACH_STEP: tl.constexpr, COMPUTE: tl.constexpr, PROGRAMS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """What the programs of the moments kernel found, `rows_each` rows each but the last, as mean and biased variance
-    of each step; and the running statistics, one update a step."""
+    of each step; and the running statistics: one update a step, or one update of the step's own (OF_EACH_STEP)."""
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     is_channel = column < channels
     if running_mean_ptr is not None:
@@ -125,13 +125,21 @@ def _statistics_kernel(
         tl.store(mean_ptr + step * channels + column, mean, is_channel)
         tl.store(variance_ptr + step * channels + column, variance, is_channel)
         if running_mean_ptr is not None:
+            own = step * channels + column
+            if OF_EACH_STEP:
+                running_mean = tl.load(running_mean_ptr + own, is_channel, 0.0).to(COMPUTE)
+                running_var = tl.load(running_var_ptr + own, is_channel, 0.0).to(COMPUTE)
             running_mean += momentum * (mean - running_mean)
             running_var += momentum * (square / (rows - 1) - running_var)
+            if OF_EACH_STEP:
+                tl.store(running_mean_ptr + own, running_mean.to(running_mean_ptr.dtype.element_ty), is_channel)
+                tl.store(running_var_ptr + own, running_var.to(running_var_ptr.dtype.element_ty), is_channel)
     if running_mean_ptr is not None:
-        tl.store(running_mean_ptr + column, running_mean.to(running_mean_ptr.dtype.element_ty), is_channel)
-        tl.store(running_var_ptr + column, running_var.to(running_var_ptr.dtype.element_ty), is_channel)
+        if not OF_EACH_STEP:
+            tl.store(running_mean_ptr + column, running_mean.to(running_mean_ptr.dtype.element_ty), is_channel)
+            tl.store(running_var_ptr + column, running_var.to(running_var_ptr.dtype.element_ty), is_channel)
         if tl.program_id(0) == 0:
-            tl.store(batches_ptr, tl.load(batches_ptr) + steps)
+            tl.store(batches_ptr, tl.load(batches_ptr) + (1 if OF_EACH_STEP else steps))
 
 
 @triton.jit
@@ -529,7 +537,8 @@ def launch_moments(
     batches: Tensor | None = None, momentum: float = 0.0,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(mean, biased variance) [S, C] of each step and channel of x [S, N, C, ...]. Updates running_mean and
-    running_var [C] once a step, in place, and adds S to batches []; None: there are none."""
+    running_var [C] once a step, in place, and adds S to batches []; or, if they are [S, C], each step's own once, and
+    adds 1. None: there are none."""
     geometry = _Geometry(x, False, {1: 8})
     tiles = geometry.tiles_of_a_program(False, PROGRAMS_OF_MOMENTS)
     grid = geometry.grid(False, tiles)
@@ -544,6 +553,7 @@ def launch_moments(
         _statistics_kernel[(cdiv(geometry.channels, COLUMNS_TOGETHER),)](
             means, squares, mean, variance, running_mean, running_var, batches,
             grid[0], geometry.steps, geometry.channels, geometry.rows, tiles * geometry.tile_rows, momentum,
+            OF_EACH_STEP=running_mean is not None and running_mean.dim() == 2,
             COMPUTE=compute_type(x.dtype), PROGRAMS=PARTIALS_AT_ONCE, COLUMNS=COLUMNS_TOGETHER, num_warps=8,
         )  # fmt: skip
     return mean, variance

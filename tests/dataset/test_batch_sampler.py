@@ -47,6 +47,23 @@ def test_fewer_clips_than_processes_are_left_out():
     assert [[len(batch) for batch in own] for own in epoch(15, 4, 3)] == [[4, 1]] * 3
 
 
+@pytest.mark.parametrize("clips, sizes", [(4, [4]), (12, [12]), (13, [13]), (25, [12, 13]), (40, [15, 16])])
+def test_the_first_clips_of_an_epoch_in_even_batches(clips, sizes):
+    """The same ones in 1, 2 and 3 processes, none of which goes without."""
+    order = epoch(31, 12, epoch=5)[0]
+    for processes in (1, 2, 3):
+        parts = []
+        for rank in range(processes):
+            batches = TrainBatchSampler(31, 12 // processes, 7, rank, processes)
+            batches.set_first(5, clips)
+            assert batches.sizes() == sizes
+            parts.append([[clip for _, clip in batch] for batch in batches])
+            assert all(parts[-1])
+            batches.set_position(5)
+            assert sum(batches.sizes()) == 31
+        assert flat(flat(own[step] for own in parts) for step in range(len(sizes))) == flat(order)[:clips]
+
+
 @pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize("steps", [1, 2, 3])
 def test_going_on_from_a_position(processes, steps):

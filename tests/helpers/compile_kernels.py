@@ -137,7 +137,8 @@ def launch_others(dtype: torch.dtype) -> None:
         layer = (x, row[: len(x)], row[: len(x)], weight, weight)
         plain = (1e-5, False, False, False, LIFParameters().text)
         operators.batch_norm_backward_input(*layer, x, None, weighted, count, *plain)
-        operators.moments_and_running(x, weight, weight, torch.zeros((), dtype=torch.int64), 0.1)
+        for running in (weight, row[: len(x)]):
+            operators.moments_and_running(x, running, running, torch.zeros((), dtype=torch.int64), 0.1)
     layer, v = (spikes, row, row, weight, weight), torch.zeros(spikes.shape[1:])
     for surrogate, v_reset in (("sigmoid", None), ("triangle", -0.3)):
         neuron = LIFParameters(surrogate=surrogate, v_reset=v_reset, detach_reset=False).text

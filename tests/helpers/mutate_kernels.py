@@ -71,7 +71,8 @@ MUTATIONS = [
     (NORM, "tl.minimum(rows_each, tl.maximum(rows - program * rows_each, 0))", "rows_each + 0 * program"),
     (NORM, "square / (rows - 1) - running_var", "square / rows - running_var"),
     (NORM, "momentum * (mean - running_mean)", "momentum * mean"),
-    (NORM, "tl.load(batches_ptr) + steps", "tl.load(batches_ptr) + 1"),
+    (NORM, "(1 if OF_EACH_STEP else steps)", "1"),
+    (NORM, "own = step * channels + column", "own = column"),
     (NORM, "for first in range(0, programs, PROGRAMS):", "for first in range(0, PROGRAMS, PROGRAMS):"),
     # forward
     (NORM, "tl.fma(x - mean, inverse * weight, bias)", "tl.fma(x - mean, inverse, bias)"),

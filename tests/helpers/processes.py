@@ -33,6 +33,7 @@ from models.neurons import LIF
 from tests.helpers.script import free_port
 from utils.runtime import Runtime, join_run
 from utils.training.engine import TrainPosition, evaluate, train_one_epoch
+from utils.training.precise_bn import measure_statistics
 
 SEGMENTS = SegmentSampling(4)
 
@@ -57,9 +58,9 @@ class Double(nn.Module):
 
 def compute(folder: str, out: str) -> None:
     runtime = join_run("cpu", amp=False)
-    results = {"counts": count(folder, runtime)}
+    results = {"counts": count(folder, runtime), "measured": measured(folder, runtime)}
     if 8 % runtime.count == 0:
-        for batch_norm in ("fixed", "per-step", "merged"):
+        for batch_norm in ("fixed", *BATCH_NORMS):
             results[batch_norm] = one_step(folder, runtime, 8 // runtime.count, 1, batch_norm)
         # With two batches a step; they have statistics of their own: only fixed ones can agree.
         results["accumulated"] = one_step(folder, runtime, 4 // runtime.count, 2, "fixed")
@@ -79,7 +80,7 @@ def one_step(
 ) -> dict:  # fmt: skip
     """gone: places in the epoch's order whose videos are."""
     torch.manual_seed(3)
-    mode = "merged" if batch_norm == "merged" else "per-step"
+    mode = "per-step" if batch_norm == "fixed" else batch_norm
     model = ReSpike(num_classes=8, stride=2, snn_batch_norm=mode, fusion=fusion)
     if batch_norm == "fixed":
         for module in model.modules():
@@ -109,13 +110,28 @@ def one_step(
     return {"gradients": gradients, "buffers": dict(double.named_buffers())}
 
 
+def measured(folder: str, runtime: Runtime) -> dict:
+    """Statistics of 24 clips in two batches of all ranks, in each mode."""
+    found = {}
+    for mode in BATCH_NORMS:
+        torch.manual_seed(3)
+        double = Double(ReSpike(num_classes=8, stride=4, snn_batch_norm=mode))
+        videos = table(folder, 24)
+        data = VideoDataset(videos, random_clips(videos), SEGMENTS, [multi_scale_crop(32, flip=False)], seed=0)
+        batches = TrainBatchSampler(len(data), 12 // runtime.count, 0, runtime.rank, runtime.count)
+        loader = DeviceLoader(make_loader(data, batches, 0, pin=False), 4, runtime)
+        assert measure_statistics(double, loader, runtime, epoch=1, clips=24)["precise_bn_clips"] == 24
+        found |= {f"{mode} {name}": value for name, value in double.named_buffers()}
+    return found
+
+
 def fused_batch_norm(runtime: Runtime) -> dict:
-    """Synchronised batch norm with neurons behind it on the fused kernels (in Triton's interpreter), per step and
-    merged: gradients and running statistics."""
+    """Synchronised batch norm with neurons behind it on the fused kernels (in Triton's interpreter) in each mode:
+    gradients and running statistics."""
     found = {}
     for mode in BATCH_NORMS:
         torch.manual_seed(7)
-        norm = StepBatchNorm2d(5, mode, backend="triton").double().train()
+        norm = StepBatchNorm2d(5, mode, backend="triton", steps=3).double().train()
         synchronise_batch_norm(norm)
         x = torch.randn(3, 8, 5, 4, 4, dtype=torch.float64)
         weights = torch.randn_like(x)

@@ -175,7 +175,7 @@ def wait_until(condition, process: subprocess.Popen, seconds: float = 120) -> No
         time.sleep(0.01)
 
 
-TIMES = {"clips_per_second", "data_wait_share", "peak_memory_bytes"}
+TIMES = {"clips_per_second", "data_wait_share", "peak_memory_bytes", "precise_bn_seconds"}
 
 
 def comparable(run: Path) -> list[dict]:

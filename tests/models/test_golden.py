@@ -46,8 +46,8 @@ def _published_state_dict(backbone: str) -> dict[str, torch.Tensor]:
     return state_dict
 
 
-def build(backbone: str, variant: str, stride: int) -> ReSpike:
-    model = ReSpike(backbone, num_classes=7, stride=stride, downsample=variant == "downsample").double()
+def build(backbone: str, variant: str, stride: int, snn_batch_norm: str = "per-step") -> ReSpike:
+    model = ReSpike(backbone, 7, stride, variant == "downsample", snn_batch_norm=snn_batch_norm).double()
     model.load_reference_state_dict(published_state_dict(backbone))
     return model
 
@@ -71,6 +71,16 @@ def test_evaluation_agrees_with_the_published_network(golden, backbone, variant,
         logits = model(*golden_input(stride))
     numpy.testing.assert_allclose(logits.numpy(), golden[want + "eval_logits"], **TOLERANCE)
     numpy.testing.assert_allclose(rates.per_layer(), golden[want + "firing_rate"], **TOLERANCE)
+
+
+def test_published_weights_with_statistics_of_each_step(golden):
+    """Taken for every step they give the published figures, in evaluation and in training."""
+    backbone, variant, stride = CASES[1]  # three steps
+    model, want = build(backbone, variant, stride, "through-time"), f"{backbone}.{variant}.stride{stride}.T8."
+    for mode in ("eval", "train"):
+        with torch.no_grad():
+            logits = model.train(mode == "train")(*golden_input(stride))
+        numpy.testing.assert_allclose(logits.numpy(), golden[f"{want}{mode}_logits"], **TOLERANCE)
 
 
 @pytest.mark.parametrize("backbone, variant, stride", CASES)

@@ -99,6 +99,32 @@ def test_a_state_dict_of_another_network_names_the_flags(tmp_path, change):
     assert e.value.about == "init" and "\n" not in str(e.value)
 
 
+def test_running_statistics_of_all_steps_are_taken_for_every_step(checkpoint, tmp_path):
+    source, settings = trained_model(), SETTINGS | {"snn_batch_norm": "through-time"}
+    model = ReSpike("resnet18", 3, 4, branches="snn", fusion="lean", snn_batch_norm="through-time")
+    line = initialise(model, settings, checkpoint)
+    assert "snn_batch_norm merged there, through-time here" in line
+    assert line.endswith("; SNN batch norm: every time step starts from statistics of all steps")
+    for name, value in source.named_buffers():
+        if name.endswith(("running_mean", "running_var")):
+            assert torch.equal(model.get_buffer(name), value.expand(3, -1))
+
+    source = ReSpike(num_classes=3)
+    source.snn.stages[1][0].shortcut_bn.running_var.uniform_(0.5, 2.0)
+    own = source.state_dict()
+    torch.save({name: own[ours] for name, ours in published_names(source).items()}, tmp_path / "published.pth")
+    model = ReSpike(num_classes=3, snn_batch_norm="through-time")
+    line = initialise(model, settings, tmp_path / "published.pth")
+    assert line.endswith("(weights of the published code); SNN batch norm: every time step starts from statistics of "
+                         "all steps")  # fmt: skip
+    assert torch.equal(
+        model.snn.stages[1][0].shortcut_bn.running_var, source.snn.stages[1][0].shortcut_bn.running_var.expand(3, -1)
+    )
+    key, residual = torch.randn(1, 2, 3, 32, 32), torch.randn(1, 2, 3, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(key, residual), source.eval()(key, residual))
+
+
 def test_published_weights_of_another_backbone(tmp_path):
     source = ReSpike("resnet34", num_classes=3)
     own = source.state_dict()

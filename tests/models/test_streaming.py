@@ -58,7 +58,7 @@ VARIANTS = [
     dict(stride=2, downsample=False), dict(fusion="lean"), dict(fusion="lean", stride=2, downsample=False),
     dict(fusion="film"), dict(fusion="film", stride=2, downsample=False),
     dict(fusion="concat"), dict(branches="ann"), dict(branches="snn"),
-    dict(backbone="resnet50", snn_batch_norm="merged"),
+    dict(backbone="resnet50", snn_batch_norm="merged"), dict(snn_batch_norm="through-time"),
 ]  # fmt: skip
 
 

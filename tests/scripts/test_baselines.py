@@ -101,7 +101,9 @@ def test_flags_without_a_part_in_the_network_are_refused(monkeypatch, capfd, fla
         refused(monkeypatch, capfd, {network: value} | flags, message, train_fusion)
 
 
-@pytest.mark.parametrize("flags", [{"--branches": "frames"}, {"--lif-backend": "auto"}, {"--sync-bn": None}], ids=str)
+@pytest.mark.parametrize(
+    "flags", [{"--branches": "frames"}, {"--lif-backend": "auto"}, {"--sync-bn": None}, {"--precise-bn": 8}], ids=str
+)
 def test_flags_without_a_part_in_a_video_network_are_refused(monkeypatch, capfd, flags):
     (flag,) = flags
     refused(monkeypatch, capfd, {"--model": "mc3_18"} | flags, rf"{flag}: has no part .* --model mc3_18", train_fusion)

@@ -25,6 +25,7 @@ from tests.helpers.script import (
     start_ranks,
 )
 from utils.energy import count_operations
+from utils.trained import load_trained
 
 COMMON = {
     "--weights": "none", "--branches": "snn", "-T": "4", "--stride": "2", "--size": "32", "-b": "5", "-j": "0",
@@ -34,17 +35,21 @@ WRITTEN = {"evaluation.json", "predictions.csv", "confusion.csv", "confusion.png
 
 
 @pytest.fixture(scope="module")
-def runs(tiny_demo, tiny_lists, tmp_path_factory) -> dict[str, Path]:
-    """A finished run of each script; that of train_fusion.py counts its energy."""
+def runs(tiny_demo, tiny_lists, tmp_path_factory) -> dict:
+    """A finished run of each script; that of train_fusion.py counts its energy, and its flags are here too."""
     folder = tmp_path_factory.mktemp("runs")
     data = {"--dset": "hmdb51", "--data-root": tiny_demo[0], "--annotation-path": tiny_demo[1]}
     index = {"--index-dir": folder / "index"}
+    fusion = {**COMMON, **index, **data, "--branches": "both", "--downsample": None, "--fusion": "lean"}
     for script, flags in (
-        (train_fusion, {**data, "--branches": "both", "--downsample": None, "--fusion": "lean"}),
-        (train_kinetics, {**tiny_lists, "--no-energy": None, "--residual": "previous"}),
+        (train_fusion, fusion),
+        (train_kinetics, {**COMMON, **index, **tiny_lists, "--no-energy": None, "--residual": "previous"}),
     ):
-        run_main({**COMMON, **index, **flags, "--run-dir": folder / script.__name__}, script)
-    return {"fusion": folder / "train_fusion", "kinetics": folder / "train_kinetics", "index": folder / "index"}
+        run_main({**flags, "--run-dir": folder / script.__name__}, script)
+    return {
+        "fusion": folder / "train_fusion", "kinetics": folder / "train_kinetics", "index": folder / "index",
+        "fusion flags": fusion,
+    }  # fmt: skip
 
 
 def evaluated(monkeypatch, capfd, runs, run: str, out: Path, **more) -> tuple[dict, str]:
@@ -135,6 +140,30 @@ def test_an_exported_network(monkeypatch, capfd, runs, tmp_path):
     assert run_here(monkeypatch, capfd, flags, evaluate)[0] == 0
     result = json.loads((tmp_path / "evaluation.json").read_text())  # beside the file
     assert result["counts"] == metrics(runs["fusion"])[0]["counts"]
+
+
+def test_measured_batch_norm_of_a_run_that_did_not_measure(monkeypatch, capfd, runs, tmp_path, tiny_lists):
+    """It is what the training would have measured with --precise-bn: the weights are the same, and so are the clips.
+    What was measured can be exported. A list that has moved is named anew."""
+    run = tmp_path / "measured"
+    run_main(runs["fusion flags"] | {"--precise-bn": 9, "--no-energy": None, "--run-dir": run}, train_fusion)
+    (line,) = metrics(run)
+    assert line["test_loss"] != metrics(runs["fusion"])[0]["test_loss"]
+    file = tmp_path / "measured.safetensors"
+    flags = {"--precise-bn": 9, "--export": file}
+    result, printed = evaluated(monkeypatch, capfd, runs, "fusion", tmp_path / "out", **flags)
+    assert result["loss"] == line["test_loss"] and result["counts"] == line["counts"]
+    assert result["protocol"]["precise_bn_clips"] == 9 and "measured on 9 training clips in" in printed
+    own = load_trained(run / "best.pt").weights
+    assert all(torch.equal(value, own[name]) for name, value in load_trained(file).weights.items())
+    assert f"weights and settings of {runs['fusion'] / 'best.pt'}, with the measured statistics" in printed
+
+    moved = tmp_path / "moved.txt"
+    moved.write_text(tiny_lists["--train-list"].read_text())
+    again = {"--precise-bn": 9, "--train-list": moved, "--train-root": tiny_lists["--train-list"].parent}
+    result, _ = evaluated(monkeypatch, capfd, runs, "kinetics", tmp_path / "lists", **again)
+    assert result["loss"] != metrics(runs["kinetics"])[0]["val_loss"]
+    refused(monkeypatch, capfd, {str(runs["fusion"]): None, "--train-list": moved}, "only --precise-bn N", evaluate)
 
 
 def test_three_splits(monkeypatch, capfd, runs, tmp_path, tiny_demo):

@@ -33,7 +33,7 @@ def flags_in(folder: Path, lists: dict, processes: int = 2) -> dict:
     return lists | {
         "--weights": "none", "-T": 4, "--stride": 2, "--size": 32, "-j": 1, "--epochs": 3, "-lr": 0.001,
         "--branches": "snn", "--index-dir": folder / "index", "--run-dir": folder / "run", "--resume": "auto",
-        "--checkpoint-minutes": 0.02, "-b": 3 // processes,
+        "--checkpoint-minutes": 0.02, "-b": 3 // processes, "--precise-bn": 5,
     }  # fmt: skip
 
 

@@ -15,6 +15,7 @@ import torch
 
 import train_fusion
 import train_kinetics
+from models import ReSpike
 from models.neurons import LIF, NEURONS
 from tests.helpers.script import (
     TIMES,
@@ -31,8 +32,10 @@ from tests.helpers.script import (
     start,
     wait_until,
 )
+from tests.helpers.spikingjelly import skip_without_spikingjelly
 from utils.checkpoint import load_checkpoint
 from utils.runtime import Runtime
+from utils.training.metrics import learned_by_neurons
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +103,29 @@ def test_energy_is_not_counted_for_graded_spikes(monkeypatch, capfd, flags):
     assert "neuron Graded gives others" in out and "the run ends without it" in out
     closing = all_metrics(Path(flags["--run-dir"]))[-1]
     assert "energy" not in closing and closing["device_hours"] > 0
+
+
+def test_a_neuron_of_spikingjelly(monkeypatch, capfd, flags):
+    """It is trained, counted, kept in the checkpoint and named where other arguments do not fit. --help lists it."""
+    skip_without_spikingjelly()
+    more = {"--neuron": "sj.ParametricLIFNode", "--neuron-args": "v_threshold=0.5,detach_reset=True", "--energy": None}
+    status, _, err = run_here(monkeypatch, capfd, flags | more | {"--epochs": 1})
+    assert status == 0, err
+    run = Path(flags["--run-dir"])
+    (line,) = metrics(run)
+    assert set(line["neuron_tau"]) == set(line["firing_rate"]) and min(line["firing_rate"].values()) > 0
+    assert all(tau != pytest.approx(4 / 3, abs=1e-6) for tau in line["neuron_tau"].values())
+    assert "neuron sj.ParametricLIFNode" in all_metrics(run)[-1]["energy"]["counted_as_zero"]
+    model = ReSpike.from_checkpoint(run)
+    assert model.trained.settings["neuron_args"] == {"v_threshold": 0.5, "detach_reset": True}
+    assert learned_by_neurons(model)["neuron_tau"] == pytest.approx(line["neuron_tau"])
+    other = flags | more | {"--neuron-args": "v_threshold=0.6", "--resume": "auto"}
+    refused(monkeypatch, capfd, other, r"its neuron_args is \{'v_threshold': 0.5.*this run's is \{'v_threshold': 0.6\}")
+    refused(monkeypatch, capfd, flags | {"--neuron": "sj.PSN", "--tau": 2}, r"^error: --tau 2\.0: sj\.PSN has no time")
+    refused(monkeypatch, capfd, flags | {"--neuron-args": "tau"}, r"--neuron-args must be NAME=VALUE,\.\.\.")
+    refused(monkeypatch, capfd, flags | {"--neuron": "x"}, "--neuron x: expected lif or sj.NAME of SpikingJelly")
+    _, out, _ = run_here(monkeypatch, capfd, {"--help": None})
+    assert "sj.PSN" in out and "sj.TernaryLIFNode" not in out
 
 
 def test_validation_selects_without_the_test_set(monkeypatch, capfd, flags):
@@ -202,6 +228,44 @@ def test_stopped_in_evaluation_and_resumed(monkeypatch, capfd, flags, tmp_path, 
     assert status == 0, err
     run = Path(flags["--run-dir"])
     assert comparable(run) == comparable(whole) and same_weights(run, whole)
+
+
+@pytest.fixture(scope="module")
+def measured(tiny_demo, tmp_path_factory) -> Path:
+    """As `whole`, with batch norm measured before each test; not to be changed."""
+    folder = tmp_path_factory.mktemp("measured")
+    run_main(small_run(tiny_demo, folder) | {"--precise-bn": 9})
+    return folder / "run"
+
+
+def test_precise_batch_norm_changes_what_is_tested_and_nothing_that_is_trained(measured, whole):
+    own, other = (load_checkpoint(folder / "last.pt") for folder in (measured, whole))
+    running = {name for name in own["model"] if name.endswith(("running_mean", "running_var"))}
+    for name, value in own["model"].items():
+        assert torch.equal(value, other["model"][name]) == (name not in running), name
+    for line, before in zip(metrics(measured), metrics(whole), strict=True):
+        assert line["precise_bn_clips"] == 9 and line["precise_bn_seconds"] > 0
+        assert line["train_loss"] == before["train_loss"] and line["test_loss"] != before["test_loss"]
+
+
+def test_stopped_while_batch_norm_is_measured_and_while_it_is_tested(monkeypatch, capfd, flags, measured):
+    """Five training batches, two that are measured, two that are tested: it stops at each of the latter and resumes."""
+    more = flags | {"--precise-bn": 9, "--resume": "auto"}
+    for answers in ([False] * 6 + [True], [False] * 2 + [True]):
+        with monkeypatch.context() as patch:
+            left = iter(answers)
+            patch.setattr("utils.signals.StopRequest.requested", lambda self, left=left: next(left))
+            status, out, err = run_here(patch, capfd, more)
+            assert status == 0 and "in epoch 1 after 24 clips" in out, err
+    status, out, err = run_here(monkeypatch, capfd, more)
+    assert status == 0 and "note: --" not in out and "batch norm measured in" in out, err
+    run = Path(flags["--run-dir"])
+    assert comparable(run) == comparable(measured) and same_weights(run, measured)
+
+
+def test_too_few_clips_to_measure_batch_norm_on(monkeypatch, capfd, flags):
+    alone = flags | {"-T": 2, "--stride": 2, "-b": 2, "--precise-bn": 1}
+    refused(monkeypatch, capfd, alone, "--precise-bn: its smallest batch holds one key frame of 32 x 32 pixels")
 
 
 def test_a_resumed_run_follows_its_flags(monkeypatch, capfd, flags, finished):

@@ -404,6 +404,19 @@ def test_constants_scale_the_energy():
     assert report["break_even_rate"] == {"a": pytest.approx(0.75), "b": None}
 
 
+def test_statistics_of_each_step_fold_into_weights_of_each_step():
+    """Batch norm costs no operation; the SNN's convolutions are read once for each of the 3 steps."""
+    counted = []
+    for mode in ("per-step", "through-time"):
+        with torch.device("meta"):
+            model = ReSpike(stride=4, snn_batch_norm=mode)
+        convs = sum(w.numel() for name, w in model.snn.named_parameters() if "conv" in name and name.endswith("weight"))
+        counted.append((count_operations(model, 8, 64), count_memory(model, 8, 64)))
+    (operations, memory), (each_operations, each_memory) = counted
+    assert each_operations == operations
+    assert each_memory == memory | {"weights.dram": memory["weights.dram"] + 2 * 32 * convs}
+
+
 def test_memory_by_hand():
     layers = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1, bias=False), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 16 * 16, 5))
     weights, frames = (8 * 27, 5 * 2048), 2

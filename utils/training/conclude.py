@@ -5,7 +5,7 @@ import math
 
 from dataset.device_loader import DeviceLoader
 from utils.checkpoint import load_checkpoint
-from utils.energy import SpikeMeter, count_operations, energy_report, spike_statistics
+from utils.energy import SpikeMeter, count_operations, energy_report, own_neurons, spike_statistics
 from utils.errors import OtherProcessError, UserError
 from utils.figures import as_image
 from utils.plots import firing_rate_figure, fusion_figure, record
@@ -86,7 +86,8 @@ def _energy(state: TrainingState, meter: SpikeMeter, protocol: dict) -> dict:
         print(f"note: {error}; the run ends without it")
         return {}
     counts = count_operations(state.model, protocol["frames"], protocol["size"])
-    return {"energy": energy_report(counts, spike_statistics(sums, meter.layers))}
+    spikes = spike_statistics(sums, meter.layers)
+    return {"energy": energy_report(counts, spikes, neurons=own_neurons(state.model))}
 
 
 def _cost(state: TrainingState, run: RunFolder) -> dict:

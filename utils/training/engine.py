@@ -10,7 +10,7 @@ from dataset.device_loader import DeviceLoader
 from utils.progress import Progress
 from utils.runtime import ALONE, Runtime
 from utils.training.feed import Feed, UnreadableVideos
-from utils.training.metrics import ClipScores, FiringRates, LossWatch, StepLog, VideoScores
+from utils.training.metrics import ClipScores, FiringRates, LossWatch, StepLog, VideoScores, learned_by_neurons
 
 
 @dataclass
@@ -154,5 +154,5 @@ def evaluate(
             "clips": clip["clips"], "clip_top1": clip["top1_hits"], "clip_top5": clip["top5_hits"],
             "videos": video["videos"], "video_top1": video["top1_hits"], "video_top5": video["top5_hits"],
         },
-        "firing_rate": rates.per_stage(runtime.sum(rates.sums())),
+        "firing_rate": rates.per_stage(runtime.sum(rates.sums())), **learned_by_neurons(model),
     }  # fmt: skip

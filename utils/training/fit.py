@@ -30,6 +30,7 @@ from utils.training.engine import TrainPosition, evaluate, train_one_epoch
 from utils.training.feed import UnreadableVideos
 from utils.training.flags import NOT_TRAINING_FLAGS
 from utils.training.metrics import NonFiniteLossError, StepLog
+from utils.training.precise_bn import measure_statistics
 
 NO_BEST_EPOCH = {"epoch": None, "video_top1": -1.0}
 
@@ -163,6 +164,7 @@ def fit(
     checkpoint_minutes: float,
     keep: int,
     log_every: int,
+    precise_bn: int = 0,
     cuda_graphs: bool = False,
 ) -> bool:
     """Train from `state.position` to `epochs`. After each epoch the network is scored on `eval_loader`.
@@ -173,6 +175,8 @@ def fit(
     checkpoint_minutes: between checkpoints in mid-epoch; 0 writes none.
     keep: checkpoints kept, last.pt among them.
     log_every: optimizer steps between the lines of steps.jsonl; 0 writes none.
+    precise_bn: training clips to measure batch norm's statistics on before each evaluation (`measure_statistics`); 0
+        keeps the running ones.
     cuda_graphs: train by `GraphedNetwork`, in one process on a GPU with one batch an optimizer step.
 
     Every epoch adds a line of metrics and writes last.pt; the best epoch so far is in best.pt. Returns False if a
@@ -215,6 +219,12 @@ def fit(
                     unreadable=unreadable, should_stop=stop.requested, should_save=clock.is_due, save=save,
                     log=StepLog(log_every, log, runtime, state.position.sums),
                 )  # fmt: skip
+                if trained is not None and precise_bn:
+                    measured = measure_statistics(
+                        state.model, train_loader, runtime, epoch=epoch, clips=precise_bn, unreadable=unreadable,
+                        should_stop=stop.requested,
+                    )  # fmt: skip
+                    trained = None if measured is None else trained | measured
                 if trained is not None:
                     task = f"{evaluated_on} {epoch + 1}/{epochs}"
                     scored = evaluate(
@@ -250,7 +260,10 @@ def _end_epoch(state: TrainingState, run: RunFolder, metrics: dict, epochs: int)
         f"epoch {epoch + 1}/{epochs}: loss {metrics['train_loss']:.4f}, "
         f"train clip top-1 {metrics['train_clip_top1']:.1f} %, "
         f"{on} clip {metrics['clip_top1']:.1f} %, video {metrics['video_top1']:.1f} %, "
-        f"{metrics['clips_per_second']:.1f} clips/s, {100 * metrics['data_wait_share']:.0f} % waiting for data",
+        f"{metrics['clips_per_second']:.1f} clips/s, {100 * metrics['data_wait_share']:.0f} % waiting for data"
+        + (
+            f", batch norm measured in {metrics['precise_bn_seconds']:.1f} s" if "precise_bn_seconds" in metrics else ""
+        ),
         flush=True,
     )
     if improved:

@@ -4,6 +4,7 @@ A flag's meaning, type and range stand here, once. Its default stands in `DEFAUL
 """
 
 import argparse
+import ast
 import math
 import sys
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from models.kernels.surrogates import SURROGATES
 from models.neurons import BACKENDS, NEURONS, runs_on_triton
 from models.resnet import BACKBONES
 from models.respike import BRANCHES, FUSIONS, SIZE_MULTIPLE
+from models.spikingjelly_neurons import neuron_factory, spikingjelly_names
 from utils.checkpoint import Checkpoint, find_checkpoint
 from utils.device import choose_algorithms, cpu_count, device_name, seed_all
 from utils.errors import ArgumentParser, UserError
@@ -37,10 +39,15 @@ NOT_TRAINING_FLAGS = {
 }  # fmt: skip
 # Flags that have no part in the networks to compare with. Whoever gives one believes that it counts: it is refused.
 _OF_RESPIKE = (
-    "stride", "residual", "freeze", "downsample", "fusion", "snn_bn", "neuron", "tau", "surrogate", "alpha",
-    "pack_spikes",
+    "stride", "residual", "freeze", "downsample", "fusion", "snn_bn", "neuron", "neuron_args", "tau", "surrogate",
+    "alpha", "pack_spikes",
 )  # fmt: skip
-_OF_RESNETS = ("branches", "lif_backend", "sync_bn")  # ReSpike's among them; torchvision's video networks have neither
+_OF_RESNETS = (
+    "branches",
+    "lif_backend",
+    "sync_bn",
+    "precise_bn",
+)  # ReSpike's among them; torchvision's video networks have neither
 # Values a channel and batch. On 32 pixels at -lr 0.001, two clips of one key frame end in NaN within 50 steps; the same
 # two among 24 that only add to the statistics do not. At -lr 0.01 so few clips are too few for a step as well.
 _FEW_VALUES = 16
@@ -65,6 +72,21 @@ def number(least: float, below: float | None = None) -> Callable[[str], float]:
 
     convert.__name__ = "float"
     return convert
+
+
+def keyword_arguments(text: str) -> dict:
+    """The type of a flag: "tau=2.0,decay_input=False" -> {"tau": 2.0, "decay_input": False}. A value that is neither a
+    number, True, False nor None is a word."""
+    found = {}
+    for part in filter(None, text.split(",")):
+        name, equals, value = part.strip().partition("=")
+        if not equals or not name.isidentifier() or name in found:
+            raise argparse.ArgumentTypeError(f"must be NAME=VALUE,... with each name once, got {text!r}")
+        try:
+            found[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            found[name] = value
+    return found
 
 
 def _in_range(value: float, least: float, below: float | None) -> float:
@@ -118,8 +140,16 @@ def add_shared_flags(parser: ArgumentParser) -> None:
     add("--fusion", choices=FUSIONS,
         help="cross-attention (published); gain and shift by place; attention at a small part of the cost; or joined "
         "at the head only")
-    add("--snn-bn", choices=BATCH_NORMS, help="SNN batch norm: statistics of each time step, or of all together")
-    add("--neuron", choices=sorted(NEURONS), help="type of the spiking neuron")
+    add("--snn-bn", choices=BATCH_NORMS,
+        help="SNN batch norm: statistics of each time step in training and one set for all in testing (published), one "
+        "set for all in both, or of each time step in both")
+    # Finding SpikingJelly's takes seconds.
+    names = ", ".join(spikingjelly_names() if {"-h", "--help"} & set(sys.argv[1:]) else [])
+    add("--neuron", metavar="NAME",
+        help=f"type of the spiking neuron: {', '.join(sorted(NEURONS))}, or of SpikingJelly (in brackets what "
+        f"--neuron-args must give): {names or 'none found'}")
+    add("--neuron-args", type=keyword_arguments, metavar="NAME=VALUE,...",
+        help="keyword arguments of a neuron of SpikingJelly; it takes --tau, --surrogate and --alpha where it has them")
     add("--tau", type=number(1), metavar="STEPS", help="membrane time constant, in time steps")
     add("--surrogate", choices=SURROGATES, help="surrogate gradient of the spike")
     add("--alpha", type=number(0), metavar="A", help="steepness of the surrogate gradient")
@@ -140,6 +170,9 @@ def add_shared_flags(parser: ArgumentParser) -> None:
     add("--amp", action=_YES_NO,
         help="mixed precision: bf16 if the hardware has it, fp16 on older GPUs; --no-amp is fp32 (no TF32)")
     add("--sync-bn", action=_YES_NO, help="batch norm statistics over all processes; takes more memory")
+    add("--precise-bn", type=whole(0), metavar="N",
+        help="before each evaluation, measure batch norm's mean and variance anew on N training clips with the weights "
+        "as they are then; 0: the running ones")
     add("--lif-backend", choices=BACKENDS,
         help="code of the spiking layers and of batch norm: fused GPU kernels, plain PyTorch, SpikingJelly; auto: "
         "kernels on a GPU")
@@ -211,9 +244,10 @@ def _check_together(args: argparse.Namespace) -> None:
     if args.sampling == "segments" and args.frame_stride != 1:
         raise UserError("--frame-stride: segments cover the whole video; it goes with --sampling window")
     try:
-        neuron_parameters(args)
+        parameters = neuron_parameters(args)
     except ValueError as error:
         raise UserError(f"--tau, --surrogate, --alpha: {error}") from error
+    neuron_factory(args.neuron, parameters, args.lif_backend, args.neuron_args, args.stride - 1)  # refused if unknown
     if args.cuda_graphs and (args.device.startswith("cpu") or args.accumulate > 1 or args.compile):
         raise UserError(
             f"--cuda-graphs needs a GPU, --accumulate 1 and no --compile; got --device {args.device}, "
@@ -285,11 +319,19 @@ def check_epoch(args: argparse.Namespace, loader: DeviceLoader, runtime: Runtime
     if not sizes:
         raise UserError(f"{loader.clips} training clips cannot be shared out to {runtime.count} processes")
     key_frames, pixels = args.time // args.stride, (args.size // SIZE_MULTIPLE) ** 2
-    if min(sizes) // runtime.count * key_frames * pixels == 1:
-        raise UserError(
-            f"-b: the last batch of an epoch holds one key frame of {args.size} x {args.size} pixels, on which batch "
-            "norm cannot be trained; take another -b, more key frames (-T) or a larger --size"
-        )
+    smallest = {"-b: the last batch of an epoch": min(sizes)}
+    if args.precise_bn:
+        loader.batches.set_first(0, args.precise_bn)
+        smallest["--precise-bn: its smallest batch"] = min(loader.batches.sizes())
+        loader.batches.set_position(0)
+    for batch, clips in smallest.items():
+        if clips < runtime.count:
+            raise UserError(f"{batch} has {clips} clips, which cannot be shared out to {runtime.count} processes")
+        if clips // runtime.count * key_frames * pixels == 1:
+            raise UserError(
+                f"{batch} holds one key frame of {args.size} x {args.size} pixels, on which batch norm cannot be "
+                "trained; take another number of clips, more key frames (-T) or a larger --size"
+            )
     clips = min(sizes) // (1 if args.sync_bn else runtime.count)
     only_merged = args.snn_bn == "merged" and (args.branches == "snn" or args.freeze == "ann")
     values = clips * key_frames * pixels * (args.stride - 1 if only_merged else 1)

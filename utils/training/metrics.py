@@ -131,6 +131,17 @@ class FiringRates:
         return {stage: spikes / (steps or math.nan) for stage, (spikes, steps) in totals.items()}
 
 
+def learned_by_neurons(model: nn.Module) -> dict[str, dict[str, float]]:
+    """What the neurons of a ReSpike have learned, the mean over the layers of a stage: {"neuron_tau": {"stage1": 1.4,
+    ...}}. Empty if they learn nothing, as LIF."""
+    found: dict[str, dict[str, float]] = {}
+    for stage, layers in model.lif_layers().items():
+        learned = [layer.learned() for layer in layers]
+        for name in learned[0] if learned else ():
+            found.setdefault(f"neuron_{name}", {})[stage] = sum(each[name] for each in learned) / len(learned)
+    return found
+
+
 class LossWatch:
     """Reads losses now and then, stops all ranks if one is not finite, and names the videos of that batch."""
 

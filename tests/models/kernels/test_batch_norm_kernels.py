@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from models.batch_norm import FrameBatchNorm2d, StepBatchNorm2d
+from models.batch_norm import BATCH_NORMS, FrameBatchNorm2d, StepBatchNorm2d
 from models.kernels import operators, triton_batch_norm
 from models.kernels.parameters import LIFParameters
 from models.kernels.reference import batch_norm_definition, lif_definition
@@ -230,14 +230,23 @@ def test_statistics_and_sums_of_many_programs(monkeypatch, layout):
         assert g is None or assert_close(g, w, torch.float64) is None
 
 
-@pytest.mark.parametrize("mode", ["per-step", "merged"])
+@pytest.mark.parametrize("mode", BATCH_NORMS)
 def test_running_statistics_are_those_of_the_plain_module(mode):
-    x = random((3, 2, 5, 4, 6), torch.float64)
-    norms = [StepBatchNorm2d(5, mode, backend).double().to(DEVICE).train() for backend in ("triton", "reference")]
+    """More channels than a program of the statistics has; each step differs. Then evaluation by them: of all steps, and
+    of the last one alone, as in a stream."""
+    shape = (3, 2, 21, 4, 6)
+    batches = [random(shape, torch.float64) * 2.0**number + number for number in range(2)]
+    for x in batches:
+        x *= torch.arange(1, 4, device=DEVICE)[:, None, None, None, None]
+    norms = [StepBatchNorm2d(21, mode, backend, 3).double().to(DEVICE) for backend in ("triton", "reference")]
     for norm in norms:
-        norm(x)
+        for x in batches:
+            norm.train()(x)
     for name, value in norms[0].named_buffers():
-        torch.testing.assert_close(value, norms[1].get_buffer(name), rtol=1e-12, atol=0)
+        torch.testing.assert_close(value, norms[1].get_buffer(name), rtol=1e-12, atol=1e-13)
+    for first in (0, 2):
+        fused, plain = (norm.eval()(batches[0][first:], first_step=first)[0] for norm in norms)
+        torch.testing.assert_close(fused, plain, rtol=1e-12, atol=1e-12)
 
 
 def test_evaluation_with_gradients():
@@ -262,6 +271,8 @@ def test_operators_are_well_formed():
     torch.library.opcheck(operators.moments, (x,))
     running = torch.zeros_like(weight), torch.ones_like(weight), torch.zeros((), dtype=torch.int64, device=DEVICE)
     torch.library.opcheck(operators.moments_and_running, (x, *running, 0.1))
+    each = torch.zeros_like(mean), torch.ones_like(mean), running[2]
+    torch.library.opcheck(operators.moments_and_running, (x, *each, 0.1))
     # PyTorch 2.11 cannot call an operator that writes to an argument with a default.
     arguments = torch.ops.respike.moments_and_running.default._schema.arguments
     assert not any(argument.has_default_value() for argument in arguments)

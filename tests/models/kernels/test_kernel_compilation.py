@@ -24,7 +24,7 @@ def compiled(tmp_path_factory) -> list[dict]:
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     kernels = [json.loads(line) for line in result.stdout.splitlines()]
-    assert len(kernels) == 75
+    assert len(kernels) == 79
     return kernels
 
 

@@ -1,5 +1,6 @@
 """Flags and DEFAULTS: an edited value is checked as a typed one."""
 
+import argparse
 import re
 import sys
 from dataclasses import replace
@@ -11,7 +12,7 @@ import train_fusion
 import train_kinetics
 from utils.errors import UserError
 from utils.runtime import ALONE
-from utils.training.flags import NOT_TRAINING_FLAGS, begin_run, check_epoch
+from utils.training.flags import NOT_TRAINING_FLAGS, begin_run, check_epoch, keyword_arguments
 
 SCRIPTS = pytest.mark.parametrize("script", [train_fusion, train_kinetics], ids=lambda script: script.__name__)
 
@@ -48,7 +49,7 @@ BAD = {
     "tau": (dict(tau=0.5), "--tau", "0.5", r"--tau must be at least 1, got 0.5"),
     "alpha": (dict(alpha=0.0), "--alpha", "0", r"--alpha.*positive"),
     "surrogate": (dict(surrogate="step"), "--surrogate", "step", r"--surrogate: invalid choice: 'step'"),
-    "neuron": (dict(neuron="izhikevich"), "--neuron", "izhikevich", r"--neuron: invalid choice: 'izhikevich'"),
+    "neuron": (dict(neuron="izhikevich"), "--neuron", "izhikevich", r"izhikevich: expected lif or sj.NAME"),
     "seed": (dict(seed=2**63), "--seed", str(2**63), r"--seed must be at least 0 and below"),
     "size": (dict(size=100), "--size", "100", r"--size must be a multiple of 32, got 100; the nearest is 96"),
     "clip norm": (dict(clip_norm=0.0), "--clip-norm", "0", r"--clip-norm must be positive"),
@@ -94,6 +95,16 @@ def test_flags_of_both_scripts_mean_the_same(monkeypatch):
         args = parsed(monkeypatch, script, *words)
         assert (args.sampling, args.frame_stride, args.crops, args.flip) == ("window", 2, 3, False)
         assert (args.views, args.val_fraction) == (4, 0.2)
+
+
+def test_arguments_of_a_neuron_are_numbers_or_words():
+    assert keyword_arguments("tau=2.0, decay_input=False,v_reset=None,k=3,init=abc") == {
+        "tau": 2.0, "decay_input": False, "v_reset": None, "k": 3, "init": "abc"
+    }  # fmt: skip
+    assert keyword_arguments("") == {}
+    for text in ("tau", "=2", "tau=1,tau=2", "2tau=1"):
+        with pytest.raises(argparse.ArgumentTypeError, match=r"must be NAME=VALUE,\.\.\. with each name once"):
+            keyword_arguments(text)
 
 
 def test_every_window_goes_with_windows(monkeypatch):
