@@ -24,8 +24,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dataset.residual import PADDED_CHANNELS
 from models import ReSpike, attention, batch_norm, neurons
-from models.kernels import geglu, triton_batch_norm, triton_lif
-from tests.helpers.fake_gpu import Calls, backward, channels_last, fake_gpu
+from models.kernels import geglu
+from tests.helpers.fake_gpu import Calls, backward, channels_last, fake_gpu, launch_nothing
 
 # What computes most on a CPU, and only launches on a GPU.
 COMPUTING = {f"aten::{name}" for name in (
@@ -105,8 +105,7 @@ def host_seconds(args: argparse.Namespace) -> list[float]:
         for module in (batch_norm, neurons):
             patch.setattr(module, "runs_on_triton", lambda backend, x: True)
         patch.setattr(attention, "geglu", geglu._geglu)
-        for kernel in _kernels():
-            patch.setattr(type(kernel), "__getitem__", lambda self, grid: lambda *args, **kwargs: None)
+        launch_nothing(patch)
         args = argparse.Namespace(**{**vars(args), "batch_size": 1, "time": 2 * args.stride, "size": 32})
         model = build(args).to(memory_format=torch.channels_last)
         key, residual, labels = inputs(args, "cpu", torch.float32)
@@ -120,10 +119,6 @@ def host_seconds(args: argparse.Namespace) -> list[float]:
             seconds.append(whole - computing / 1e6)
             model.zero_grad(set_to_none=True)
     return seconds[2:]
-
-
-def _kernels() -> list:
-    return [triton_lif._forward_kernel, triton_batch_norm._forward_kernel, geglu._forward_kernel]
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from models.kernels.triton_lif import MAX_STEPS
 from models.neurons import LIF, runs_on_triton
 
 BATCH_NORMS = ("per-step", "merged")
+_NO_NEURON = LIFParameters()  # for the kernels, which then fire nothing; torch.compile could not trace its making
 
 
 class FusedBatchNorm2d(nn.BatchNorm2d):
@@ -28,7 +29,7 @@ class FusedBatchNorm2d(nn.BatchNorm2d):
         self.backend = backend
 
     def in_one_pass(
-        self, x: Tensor, residual: Tensor | None, neuron: LIFParameters = LIFParameters(), keep_sum: bool = True,
+        self, x: Tensor, residual: Tensor | None, neuron: LIFParameters = _NO_NEURON, keep_sum: bool = True,
         fire: bool = False, relu: bool = False, pool: bool = False,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """(sum, spikes) of `models.kernels.operators.batch_norm`."""
@@ -105,7 +106,7 @@ class StepBatchNorm2d(FusedBatchNorm2d):
     def _fused(self, x: Tensor, residual: Tensor | None, neuron: LIF | None, spikes_only: bool, pool: bool):
         # The kernel knows the equations of LIF itself. A subclass has its own: it runs behind the kernel.
         fires_here = type(neuron) is LIF and x.shape[0] <= MAX_STEPS
-        parameters = neuron.parameters_ if fires_here else LIFParameters()
+        parameters = neuron.parameters_ if fires_here else _NO_NEURON
         keep_sum = not spikes_only or not fires_here or residual is not None  # the backward pass reads such a sum
         pools_here = pool and residual is None and (fires_here or neuron is None)
         total, spikes = self.in_one_pass(x, residual, parameters, keep_sum, fires_here, pool=pools_here)

@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from models.kernels import geglu, triton_lif
 from utils import triton_language
 
 
@@ -33,6 +34,12 @@ def fake_gpu(monkeypatch, precision: torch.dtype | None = torch.bfloat16) -> Ite
         torch.clear_autocast_cache()
         torch.set_autocast_enabled("cuda", state[0])
         torch.set_autocast_dtype("cuda", state[1])
+
+
+def launch_nothing(monkeypatch) -> None:
+    """Triton kernels return at once, and what they would have written stays as it is."""
+    for kernel in (triton_lif._forward_kernel, geglu._forward_kernel):
+        monkeypatch.setattr(type(kernel), "__getitem__", lambda self, grid: lambda *args, **kwargs: None)
 
 
 class _FlashAttention(TorchFunctionMode):
