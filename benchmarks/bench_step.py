@@ -156,7 +156,8 @@ def measure(args, device, builds: dict, optimizers: dict, labels) -> tuple[dict,
                     function(*arguments)  # casts weights, warms caches
                     seconds = timed(function, device, *arguments)
                 if device.type == "cuda" and training and run > 0:  # the first tries algorithms
-                    peaks[build] = max(peaks[build], torch.cuda.max_memory_allocated(device) - before)
+                    held = getattr(model, "held_bytes", 0)  # of CUDA graphs: no part of what is allocated
+                    peaks[build] = max(peaks[build], held + torch.cuda.max_memory_allocated(device) - before)
                 if run > 0:
                     times[task, build].append(seconds)
     return times, peaks

@@ -23,6 +23,7 @@ def fake_gpu(monkeypatch, precision: torch.dtype | None = torch.bfloat16) -> Ite
     monkeypatch.setattr(triton_language, "_capability", lambda: (9, 0))
     # Without a GPU PyTorch would lay convolutions out as its CPU code does.
     monkeypatch.setattr(torch._C, "_select_conv_backend", lambda *args, **kwargs: torch._C._ConvBackend.Cudnn)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     # torch.autocast("cuda") switches itself off without a GPU, the flags that it sets do not.
     state = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
     torch.set_autocast_enabled("cuda", precision is not None)
