@@ -50,6 +50,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--rate", type=float, default=790e12, help="operations a second; an H200's, bfloat16, sustained"
     )
+    parser.add_argument(
+        "--capability", default="9.0", choices=["8.0", "9.0"], help="of the GPU; from 9.0 on attention is cuDNN's"
+    )
     parser.add_argument("--runs", type=int, default=7, help="counted runs of the host's part; two more warm up")
     parser.add_argument("--operators", action="store_true", help="list the bytes of each operator")
     return parser.parse_args()
@@ -91,7 +94,8 @@ def build(args: argparse.Namespace) -> ReSpike:
 
 def count(args: argparse.Namespace) -> tuple[list, int]:
     """(every operator of a step, operations)"""
-    with pytest.MonkeyPatch.context() as patch, fake_gpu(patch, torch.bfloat16):
+    capability = tuple(int(number) for number in args.capability.split("."))
+    with pytest.MonkeyPatch.context() as patch, fake_gpu(patch, torch.bfloat16, capability):
         model = channels_last(build(args))
         key, residual, labels = inputs(args, "cuda", torch.bfloat16)
         with Calls() as calls, FlopCounterMode(display=False) as counter:
