@@ -171,8 +171,10 @@ def test_convolution_of_packed_spikes(padding):
         results.append((out, *torch.autograd.grad(out.square().sum(), [spikes, conv.weight])))
     for want, got in zip(*results, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
-    torch.library.opcheck(pack_spikes, (spikes.detach(),))
-    torch.library.opcheck(unpack_spikes, (pack_spikes(spikes.detach()), [3, 2, 4, 9, 9], [1, 3, 4, 2], torch.float32))
+    spikes = spikes.detach()
+    torch.library.opcheck(pack_spikes.definition, (spikes,))
+    as_before = [3, 2, 4, 9, 9], [1, 3, 4, 2], torch.float32
+    torch.library.opcheck(unpack_spikes.definition, (pack_spikes(spikes), *as_before))
 
 
 @pytest.mark.parametrize("precision", [None, torch.bfloat16], ids=str)
