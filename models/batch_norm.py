@@ -33,13 +33,13 @@ class FusedBatchNorm2d(nn.BatchNorm2d):
         fire: bool = False, relu: bool = False, pool: bool = False,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """(sum, spikes) of `models.kernels.operators.batch_norm`."""
-        mean, variance, count = self._statistics(_merged(x) if self.mode == "merged" else x)
+        with torch.no_grad():  # through the statistics the gradient goes in the operator
+            mean, variance, count = self._statistics(_merged(x) if self.mode == "merged" else x)
         return operators.batch_norm(
             x, mean, variance, self.weight, self.bias, residual, count, self.eps,
             self.training, keep_sum, fire, relu, pool, neuron.text,
         )  # fmt: skip
 
-    @torch.no_grad()
     def _statistics(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """(mean, biased variance) of x [S or 1, N, C, H, W]: [S or 1, C] each, and the number of values that they are
         of if it is over several processes, else None. Updates the running statistics; in evaluation it returns them."""
