@@ -44,7 +44,7 @@ class Attention(nn.Module):
         return self.to_out(attended.transpose(1, 2).flatten(2))
 
     def _in_heads(self, tokens: Tensor) -> Tensor:
-        return tokens.unflatten(-1, (self.heads, HEAD_WIDTH)).transpose(1, 2)
+        return tokens.view(*tokens.shape[:2], self.heads, HEAD_WIDTH).transpose(1, 2)
 
 
 class GEGLU(nn.Module):
@@ -202,7 +202,10 @@ def _bilinear_matrix(height: int, width: int, factor: int, dtype: torch.dtype, d
 
 def _no_autocast(x: Tensor) -> contextlib.AbstractContextManager:
     """Operators compute in the types they are given. (Device "meta" has no autocast to switch off.)"""
-    return contextlib.nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
+    kind = x.device.type
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
+        return contextlib.nullcontext()
+    return torch.autocast(kind, enabled=False)
 
 
 def _to_tokens(x: Tensor) -> Tensor:

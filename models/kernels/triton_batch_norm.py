@@ -491,8 +491,8 @@ class _Geometry:
     """Rows, channels and tiles of x [S, N, C, ...], and how programs share them; the same on every machine, so that
     processes agree. Worked out once for each shape, because a launch is due every 100 microseconds.
 
-    values: as VALUES. pool: rows go window by window (2x2 pixels). programs: about so many share the tiles; 0: each tile
-    has its own.
+    values: as VALUES. pool: rows go window by window (2x2 pixels). programs: about so many share all tiles; 0: each
+    tile has its own.
     """
 
     def __init__(self, shape: torch.Size, strides: tuple[int, ...], fires: bool, values: tuple, warps: int, pool: bool,
