@@ -178,9 +178,9 @@ def upsample_tokens(tokens: Tensor, height: int, width: int, factor: int) -> Ten
     It is a product with a constant matrix: one sum for each result, forward and backward, so the gradient is
     deterministic. `F.interpolate` runs in float32 under CUDA's autocast, and its backward pass there adds atomically.
     """
-    # What a CUDA graph reads must live as long as the graph, so it makes a matrix of its own.
-    recorded = tokens.is_cuda and torch.cuda.is_current_stream_capturing()
-    make = _bilinear_matrix.__wrapped__ if recorded or torch.compiler.is_compiling() else _bilinear_matrix
+    # What a CUDA graph reads must live as long as the graph, so it makes a matrix of its own. Dynamo traces one, too.
+    own = torch.compiler.is_compiling() or (tokens.is_cuda and torch.cuda.is_current_stream_capturing())
+    make = _bilinear_matrix.__wrapped__ if own else _bilinear_matrix
     matrix = make(height, width, factor, tokens.dtype, tokens.device)
     with _no_autocast(tokens):
         return torch.bmm(matrix.expand(len(tokens), -1, -1), tokens)
