@@ -19,10 +19,13 @@ import time
 
 import torch
 import torch.nn.functional as F
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.plain_respike import PlainReSpike, plain_split
 from dataset.residual import PADDED_CHANNELS, key_residual_split
 from models import ReSpike
+from models.attention import HEAD_WIDTH
 from models.neurons import BACKENDS
 from utils.cuda_graphs import GraphedNetwork
 from utils.device import choose_algorithms
@@ -72,6 +75,9 @@ def main() -> None:
         builds["ours, 3 channels"] = (ours, key_residual_split, clip, torch.bfloat16)
         graphed = GraphedNetwork(copy.deepcopy(ours), *loader_split(clip, args.stride, torch.bfloat16), torch.bfloat16)
         builds["ours, --cuda-graphs"] = (graphed, loader_split, clip, torch.bfloat16)
+        for kernel in attention_kernels(device, torch.bfloat16):
+            network = WithAttention(ours, kernel)
+            builds[f"ours, {kernel.name.lower()}"] = (network, loader_split, clip, torch.bfloat16)
     optimizers = {  # steps of size zero: all builds keep the same weights
         build: torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9, fused=True)
         for build, (model, *_) in builds.items()
@@ -94,6 +100,30 @@ def main() -> None:
                 file,
                 indent=2,
             )
+
+
+def attention_kernels(device: torch.device, dtype: torch.dtype) -> list[SDPBackend]:
+    """The fused kernels that this GPU has for the attention of a fusion block. "ours bfloat16" takes the one that
+    PyTorch chooses: cuDNN's from compute capability 9.0 on, else flash attention."""
+    tokens = torch.zeros(1, 2, 49, HEAD_WIDTH, dtype=dtype, device=device)
+    there = []
+    for kernel in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION):
+        with sdpa_kernel([kernel, SDPBackend.MATH], set_priority=True):
+            if torch._fused_sdp_choice(tokens, tokens, tokens) == kernel.value:
+                there.append(kernel)
+    return there
+
+
+class WithAttention(nn.Module):
+    """`model` with another kernel of attention."""
+
+    def __init__(self, model: nn.Module, kernel: SDPBackend):
+        super().__init__()
+        self.model, self.kernel = model, kernel
+
+    def forward(self, key: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        with sdpa_kernel(self.kernel):
+            return self.model(key, residual)
 
 
 def loader_split(clip, stride, dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -156,7 +186,8 @@ def measure(args, device, builds: dict, optimizers: dict, labels) -> tuple[dict,
                     function(*arguments)  # casts weights, warms caches
                     seconds = timed(function, device, *arguments)
                 if device.type == "cuda" and training and run > 0:  # the first tries algorithms
-                    peaks[build] = max(peaks[build], torch.cuda.max_memory_allocated(device) - before)
+                    held = getattr(model, "held_bytes", 0)  # of CUDA graphs: no part of what is allocated
+                    peaks[build] = max(peaks[build], held + torch.cuda.max_memory_allocated(device) - before)
                 if run > 0:
                     times[task, build].append(seconds)
     return times, peaks

@@ -44,7 +44,7 @@ class Attention(nn.Module):
         return self.to_out(attended.transpose(1, 2).flatten(2))
 
     def _in_heads(self, tokens: Tensor) -> Tensor:
-        return tokens.unflatten(-1, (self.heads, HEAD_WIDTH)).transpose(1, 2)
+        return tokens.view(*tokens.shape[:2], self.heads, HEAD_WIDTH).transpose(1, 2)
 
 
 class GEGLU(nn.Module):
@@ -178,7 +178,9 @@ def upsample_tokens(tokens: Tensor, height: int, width: int, factor: int) -> Ten
     It is a product with a constant matrix: one sum for each result, forward and backward, so the gradient is
     deterministic. `F.interpolate` runs in float32 under CUDA's autocast, and its backward pass there adds atomically.
     """
-    make = _bilinear_matrix.__wrapped__ if torch.compiler.is_compiling() else _bilinear_matrix
+    # What a CUDA graph reads must live as long as the graph, so it makes a matrix of its own. Dynamo traces one, too.
+    own = torch.compiler.is_compiling() or (tokens.is_cuda and torch.cuda.is_current_stream_capturing())
+    make = _bilinear_matrix.__wrapped__ if own else _bilinear_matrix
     matrix = make(height, width, factor, tokens.dtype, tokens.device)
     with _no_autocast(tokens):
         return torch.bmm(matrix.expand(len(tokens), -1, -1), tokens)
@@ -200,7 +202,10 @@ def _bilinear_matrix(height: int, width: int, factor: int, dtype: torch.dtype, d
 
 def _no_autocast(x: Tensor) -> contextlib.AbstractContextManager:
     """Operators compute in the types they are given. (Device "meta" has no autocast to switch off.)"""
-    return contextlib.nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
+    kind = x.device.type
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
+        return contextlib.nullcontext()
+    return torch.autocast(kind, enabled=False)
 
 
 def _to_tokens(x: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from models.neurons import LIF, runs_on_triton
 from utils.errors import UserError
 
 BATCH_NORMS = ("per-step", "merged", "through-time")
+_NO_NEURON = LIFParameters()  # for the kernels, which then fire nothing; torch.compile could not trace its making
 
 
 class FusedBatchNorm2d(nn.BatchNorm2d):
@@ -30,17 +31,17 @@ class FusedBatchNorm2d(nn.BatchNorm2d):
         self.backend = backend
 
     def in_one_pass(
-        self, x: Tensor, residual: Tensor | None, neuron: LIFParameters = LIFParameters(), keep_sum: bool = True,
+        self, x: Tensor, residual: Tensor | None, neuron: LIFParameters = _NO_NEURON, keep_sum: bool = True,
         fire: bool = False, relu: bool = False, pool: bool = False, first_step: int = 0,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """(sum, spikes) of `models.kernels.operators.batch_norm`."""
-        mean, variance, count = self._statistics(self._sets(x), first_step)
+        with torch.no_grad():  # through the statistics the gradient goes in the operator
+            mean, variance, count = self._statistics(self._sets(x), first_step)
         return operators.batch_norm(
             x, mean, variance, self.weight, self.bias, residual, count, self.eps,
             self.training, keep_sum, fire, relu, pool, neuron.text,
         )  # fmt: skip
 
-    @torch.no_grad()
     def _statistics(self, x: Tensor, first_step: int) -> tuple[Tensor, Tensor, Tensor | None]:
         """(mean, biased variance) of x [S or 1, N, C, H, W]: [S or 1, C] each, and the number of values that they are
         of if it is over several processes, else None. Updates the running statistics; in evaluation it returns them."""
@@ -140,7 +141,7 @@ class StepBatchNorm2d(FusedBatchNorm2d):
     ):  # fmt: skip
         # The kernel knows the equations of LIF itself. A subclass has its own: it runs behind the kernel.
         fires_here = type(neuron) is LIF and x.shape[0] <= MAX_STEPS
-        parameters = neuron.parameters_ if fires_here else LIFParameters()
+        parameters = neuron.parameters_ if fires_here else _NO_NEURON
         keep_sum = not spikes_only or not fires_here or residual is not None  # the backward pass reads such a sum
         pools_here = pool and residual is None and (fires_here or neuron is None)
         total, spikes = self.in_one_pass(

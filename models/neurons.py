@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from models.kernels import operators
-from models.kernels.parameters import LIFParameters
+from models.kernels.layout import memory_order
+from models.kernels.parameters import LIFParameters, membrane_dtype
 from models.kernels.reference import in_transform, lif_reference
 from models.kernels.triton_lif import MAX_STEPS
 from utils.errors import UserError
@@ -131,12 +132,22 @@ class LIF(nn.Module):
     def counted(self, spikes: Tensor) -> Tensor:
         """Count the spikes of this layer if `count_spikes` is true, and return them."""
         if self.count_spikes:
-            self.spike_sum += spikes.detach().sum(dtype=torch.float64)
+            self.spike_sum += _total(spikes.detach())
             self.neuron_steps += spikes.numel()
         return spikes
 
     def extra_repr(self) -> str:
         return f"{self.parameters_}, backend={self.backend!r}"
+
+
+def _total(spikes: Tensor) -> Tensor:
+    """The sum of [S, ...], float64 [], without a copy of the layer: `sum(dtype=torch.float64)` makes one in float64
+    first. A GPU adds half precision up in float32 without one, and a CPU copies piece by piece."""
+    rows = spikes.permute(0, *memory_order(spikes)).reshape(len(spikes), -1)  # [S, neurons], a view
+    # Numbers of spikes up to 2^24 are exact in float32.
+    pieces = rows.split(1 << (18 if spikes.device.type == "cpu" else 24), dim=1)
+    sums = [piece.sum(1, dtype=membrane_dtype(spikes.dtype)) for piece in pieces]
+    return torch.stack(sums).sum(dtype=torch.float64)
 
 
 NEURONS = {"lif": LIF}  # name -> class, made as class(parameters, backend)

@@ -17,16 +17,20 @@ class GraphedNetwork(nn.Module):
 
     Gradients lie in the same memory after each backward pass, so each must be used up before the next one: one batch an
     optimizer step.
+
+    held_bytes: of GPU memory that the graphs keep for themselves.
     """
 
     def __init__(self, model: nn.Module, key: Tensor, residual: Tensor, precision: torch.dtype | None):
         super().__init__()
         self.model = model.train()
         self._shapes = key.shape, residual.shape
+        held_before = _reserved_bytes()
         before = [buffer.clone() for buffer in model.buffers()]
         # Casts of the weights belong into the graph, because the weights change from step to step.
         with torch.autocast("cuda", precision, enabled=precision is not None, cache_enabled=False):
             torch.cuda.make_graphed_callables(model, (key, residual))
+        self.held_bytes = _reserved_bytes() - held_before
         # The recording keeps gradients on a stream of its own. PyTorch waits for it and would warn of it.
         torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
         self._replay = model.forward
@@ -39,3 +43,10 @@ class GraphedNetwork(nn.Module):
         if self.training and (key.shape, residual.shape) == self._shapes:
             return self._replay(key, residual)
         return self.model(key, residual)
+
+
+def _reserved_bytes() -> int:
+    """What PyTorch's allocator holds and no empty block of: the graphs' memory is never empty, though nothing in it
+    counts as allocated between two replays."""
+    torch.cuda.empty_cache()
+    return torch.cuda.memory_reserved()

@@ -389,8 +389,7 @@ class SpikeMeter:
     """Counts the spikes of a ReSpike and their accumulates, in every forward pass (evaluation) in the `with` block.
 
     The counts are integers, the same for every backend of the neurons and every precision that gives the same spikes.
-    Raises RuntimeError if a layer that takes spikes is given other values than 0 and 1. If these are the spikes of a
-    neuron that a user has defined, the pass goes on, because other ranks wait in it, and `sums` raises UserError.
+    A pass waits for the GPU only if it is the first of a size. What is wrong with the spikes is reported by `sums`.
     """
 
     # Columns of `sums`. The last row is the total over all layers.
@@ -401,9 +400,11 @@ class SpikeMeter:
         self._convs = {name: conv for name, (_, conv) in _spiking_convs(self._model).items()}
         self.layers = list(self._convs)
         self.clips = 0
-        self._graded: str | None = None  # why the counts are worth nothing
+        self._sizes = {name: [0, 0] for name in self.layers}  # neuron steps and dense MACs
         device = next(self._model.parameters()).device
-        self._sums = torch.zeros(len(self.layers) + 1, len(self.COLUMNS), dtype=torch.float64, device=device)
+        self._sums = torch.zeros(len(self.layers) + 1, 3, dtype=torch.float64, device=device)
+        self._graded = torch.zeros(len(self.layers), dtype=torch.bool, device=device)  # not 0 or 1
+        self._fans: dict[tuple, Tensor] = {}
         self._seen: dict[str, tuple[Tensor, ...]] = {}
         self._handles = []
 
@@ -433,53 +434,58 @@ class SpikeMeter:
         graded = ((spikes != 0) & (spikes != 1)).any()
         # Whole numbers up to C: exact in float32, whatever the type of the spikes.
         spikes_at = spikes.sum(1, dtype=torch.float32).double()  # [S*B*K, H, W]
-        height, width = spikes.shape[2:]
-        fan = torch.outer(*(spikes_at.new_tensor(_fan_out(n, conv, dim)) for dim, n in enumerate((height, width))))
         steps = self._model.stride - 1
+        # [S*B*K, H, W] -> [B]
+        accumulates = (spikes_at * self._fan(name, conv, spikes)).view(steps, self._batch, -1).sum((0, 2))
+        self._seen[name] = graded, accumulates * (conv.out_channels // conv.groups), spikes_at.sum()
+        self._sizes[name][0] += spikes.numel()
+        self._sizes[name][1] += out.numel() * conv.weight[0].numel()
 
-        def of_clips(values: Tensor) -> Tensor:
-            """[S*B*K, H, W] -> [B]"""
-            return values.view(steps, self._batch, -1).sum((0, 2))
-
-        accumulates = of_clips(spikes_at * fan) * (conv.out_channels // conv.groups)
-        sizes = spikes_at.new_tensor([spikes.numel(), out.numel() * conv.weight[0].numel()])
-        self._seen[name] = graded, accumulates, spikes_at.sum(), sizes
+    def _fan(self, name: str, conv: nn.Conv2d, spikes: Tensor) -> Tensor:
+        """[H, W]: how many positions of the output read each position of the input. Kept, because a copy of numbers to
+        a GPU waits for it."""
+        size = spikes.shape[2:]
+        if (name, size) not in self._fans:
+            along = (_fan_out(length, conv, dim) for dim, length in enumerate(size))
+            fan = torch.outer(*(torch.tensor(numbers, dtype=torch.float64) for numbers in along))
+            self._fans[name, size] = fan.to(spikes.device)
+        return self._fans[name, size]
 
     @torch.no_grad()
     def _end(self, model: nn.Module, inputs: tuple, logits: Tensor) -> None:
         missing = [name for name in self.layers if name not in self._seen]
         if missing:
             raise RuntimeError(f"{missing[0]}: its spikes were not seen; count them under torch.no_grad()")
-        if self.layers:
-            seen = zip(*self._seen.values(), strict=True)
-            graded, accumulates, spikes, sizes = (torch.stack(values) for values in seen)
-            for name, is_graded in zip(self._seen, graded.tolist(), strict=True):
-                if is_graded:
-                    self._note_graded(name)
-        else:
-            accumulates, spikes = self._sums.new_zeros(0, self._batch), self._sums.new_zeros(0)
-            sizes = self._sums.new_zeros(0, 2)
-        accumulates = torch.cat([accumulates, accumulates.sum(0, keepdim=True)])  # [layers + 1, B]
-        rest = torch.cat([spikes[:, None], sizes], dim=1)
-        rest = torch.cat([rest, rest.sum(0, keepdim=True)])
-        clips = torch.full_like(rest[:, :1], self._batch)
-        moments = torch.stack([accumulates.sum(1), accumulates.square().sum(1)], dim=1)
-        self._sums = self._sums + torch.cat([clips, moments, rest], dim=1)
         self.clips += self._batch
+        if not self.layers:
+            return
+        seen = zip(*(self._seen[name] for name in self.layers), strict=True)
+        graded, accumulates, spikes = (torch.stack(values) for values in seen)
+        self._graded = self._graded | graded
+        accumulates = torch.cat([accumulates, accumulates.sum(0, keepdim=True)])  # [layers + 1, B]
+        spikes = torch.cat([spikes, spikes.sum(0, keepdim=True)])
+        self._sums = self._sums + torch.stack([accumulates.sum(1), accumulates.square().sum(1), spikes], dim=1)
 
-    def _note_graded(self, name: str) -> None:
+    def sums(self) -> Tensor:
+        """float64 [layers + 1, COLUMNS], on the device of the model: may be added up over ranks (`Runtime.sum`), then
+        read by `spike_statistics`.
+
+        Raises RuntimeError if a layer that takes spikes was given other values than 0 and 1; UserError if these are the
+        spikes of a neuron that a user has defined.
+        """
+        graded = [name for name, found in zip(self.layers, self._graded.tolist(), strict=True) if found]
+        if graded:
+            self._refuse(graded[0])
+        sizes = [*self._sizes.values(), [sum(column) for column in zip([0, 0], *self._sizes.values(), strict=True)]]
+        sizes = torch.tensor(sizes, dtype=torch.float64, device=self._sums.device)
+        return torch.cat([torch.full_like(sizes[:, :1], self.clips), self._sums, sizes], dim=1)
+
+    def _refuse(self, name: str) -> None:
         neurons = own_neurons(self._model)
         if not neurons:
             raise RuntimeError(f"{name}: expected spikes of 0 and 1, found other values")
         own = ", ".join(neurons)
-        self._graded = self._graded or f"energy is counted for spikes of 0 and 1; neuron {own} gives others at {name}"
-
-    def sums(self) -> Tensor:
-        """float64 [layers + 1, COLUMNS], on the device of the model: may be added up over ranks (`Runtime.sum`), then
-        read by `spike_statistics`. Raises UserError if neurons of the user's own gave other values than 0 and 1."""
-        if self._graded is not None:
-            raise UserError(self._graded)
-        return self._sums
+        raise UserError(f"energy is counted for spikes of 0 and 1; neuron {own} gives others at {name}")
 
 
 def own_neurons(model: nn.Module) -> list[str]:

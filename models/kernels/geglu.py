@@ -7,8 +7,8 @@ With h hidden values a row: 3 h values are read and written forward and 5 h back
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.library import custom_op
 
+from models.kernels.operator import operator
 from models.kernels.reference import in_transform
 from models.kernels.triton_lif import compute_type
 from utils.triton_language import cdiv, tl, triton, why_not_on
@@ -45,7 +45,7 @@ def _backward_kernel(x_ptr, grad_ptr, grad_x_ptr, elements, hidden, COMPUTE: tl.
     tl.store(grad_x_ptr + first + hidden, grad_gate.to(grad_x_ptr.dtype.element_ty), mask)
 
 
-@custom_op("respike::geglu", mutates_args=())
+@operator("respike::geglu")
 def _geglu(x: Tensor) -> Tensor:
     x, out = x.contiguous(), _half(x)
     if out.numel():
@@ -61,7 +61,7 @@ def _half(x):
     return x.new_empty(*x.shape[:-1], x.shape[-1] // 2)
 
 
-@custom_op("respike::geglu_backward", mutates_args=())
+@operator("respike::geglu_backward")
 def _geglu_backward(x: Tensor, grad: Tensor) -> Tensor:
     x, grad = x.contiguous(), grad.contiguous()
     grad_x = torch.empty_like(x)

@@ -7,8 +7,8 @@ groups of a sample in registers, so that each value is read once. The backward p
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.library import custom_op
 
+from models.kernels.operator import operator
 from models.kernels.parameters import membrane_dtype
 from models.kernels.reference import in_transform
 from models.kernels.triton_lif import compute_type, constant
@@ -95,7 +95,7 @@ def _channels_last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
-@custom_op("respike::group_norm", mutates_args=())
+@operator("respike::group_norm")
 def _group_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     x, out = _channels_last(x), _like(x)
     _launch(_forward_kernel, (x, weight, bias, out), groups, eps)
@@ -107,7 +107,7 @@ def _(x, groups, weight, bias, eps):
     return _like(x)
 
 
-@custom_op("respike::group_norm_backward", mutates_args=())
+@operator("respike::group_norm_backward")
 def _group_norm_backward(
     x: Tensor, grad: Tensor, groups: int, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:  # fmt: skip

@@ -27,9 +27,9 @@ def channels_known(x: Tensor) -> Tensor:
 
 def laid_out_as(x: Tensor, other: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """x itself if it has the strides of `other` and the type `dtype`, else a copy that has."""
-    dtype = dtype or x.dtype
-    if x.dtype == dtype and all(
-        a == b for a, b, size in zip(x.stride(), other.stride(), x.shape, strict=True) if size > 1
+    dtype, strides, wanted = dtype or x.dtype, x.stride(), other.stride()
+    if x.dtype == dtype and (
+        strides == wanted or all(a == b for a, b, size in zip(strides, wanted, x.shape, strict=True) if size > 1)
     ):
         return x
     return torch.empty_like(other, dtype=dtype).copy_(x)

@@ -9,16 +9,16 @@ import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as collectives
 from torch import Tensor
-from torch.library import custom_op
 
 from models.kernels import triton_batch_norm, triton_lif
 from models.kernels.layout import channels_known, is_channels_last, laid_out_as, steps_outermost
+from models.kernels.operator import operator
 from models.kernels.parameters import LIFParameters, membrane_dtype
 
 # ---- the LIF layer
 
 
-@custom_op("respike::lif", mutates_args=())
+@operator("respike::lif")
 def lif(current: Tensor, v0: Tensor | None, keep_v: bool, neuron: str) -> tuple[Tensor, Tensor]:
     """current [S, ...] with S up to 32, v0 [...] -> (spikes [S, ...], if `keep_v` the membrane after the last
     step [...])."""
@@ -34,7 +34,7 @@ def _(current, v0, keep_v, neuron):
     return _like_lif(steps_outermost(current), keep_v)
 
 
-@custom_op("respike::lif_backward", mutates_args=())
+@operator("respike::lif_backward")
 def lif_backward(
     current: Tensor, v0: Tensor | None, grad_spikes: Tensor | None, grad_v_end: Tensor | None, needs_v0: bool,
     neuron: str,
@@ -78,14 +78,14 @@ lif.register_autograd(_lif_gradient, setup_context=_lif_context)
 # ---- batch norm, with a residual and a LIF layer behind it
 
 
-@custom_op("respike::moments", mutates_args=())
+@operator("respike::moments")
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance [S, C] of each step and channel of x [S, N, C, ...], in float32 (or float64).
     Not differentiable: `batch_norm` takes their part in the gradient into account."""
     return triton_batch_norm.launch_moments(channels_known(x), membrane_dtype(x.dtype))
 
 
-@custom_op("respike::moments_and_running", mutates_args=("running_mean", "running_var", "batches"))
+@operator("respike::moments_and_running", mutates=("running_mean", "running_var", "batches"))
 def moments_and_running(
     x: Tensor, running_mean: Tensor, running_var: Tensor, batches: Tensor, momentum: float
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
@@ -104,7 +104,7 @@ moments.register_fake(_like_moments)
 moments_and_running.register_fake(_like_moments)
 
 
-@custom_op("respike::batch_norm", mutates_args=())
+@operator("respike::batch_norm")
 def batch_norm(
     x: Tensor, mean: Tensor, variance: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None,
     count: Tensor | None, eps: float, of_batch: bool, keep_sum: bool, fire: bool, relu: bool, pool: bool, neuron: str,
@@ -140,7 +140,7 @@ def _(x, mean, variance, weight, bias, residual, count, eps, of_batch, keep_sum,
     return _like_batch_norm(channels_known(x), keep_sum, fire, pool)
 
 
-@custom_op("respike::batch_norm_backward_sums", mutates_args=())
+@operator("respike::batch_norm_backward_sums")
 def batch_norm_backward_sums(
     x: Tensor, mean: Tensor, variance: Tensor, weight: Tensor, bias: Tensor, total: Tensor | None,
     grad_total: Tensor | None, grad_spikes: Tensor | None, eps: float, fire: bool, relu: bool, pool: bool, neuron: str,
@@ -168,7 +168,7 @@ def _(x, mean, variance, weight, bias, total, *more):
     return _like_backward_sums(channels_known(x), weight, bias, total is not None)
 
 
-@custom_op("respike::batch_norm_backward_input", mutates_args=())
+@operator("respike::batch_norm_backward_input")
 def batch_norm_backward_input(
     x: Tensor, mean: Tensor, variance: Tensor, weight: Tensor, bias: Tensor,
     grad_total: Tensor | None, grad_spikes: Tensor | None, weighted: Tensor | None, count: Tensor | None,

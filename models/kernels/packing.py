@@ -7,9 +7,9 @@ bfloat16 for one of information. `spike_conv2d` keeps the one.
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.library import custom_op
 
 from models.kernels.layout import memory_order, steps_outermost
+from models.kernels.operator import operator
 from models.kernels.reference import in_transform
 from utils.triton_language import cdiv, tl, triton, why_not_on
 
@@ -37,7 +37,7 @@ def _unpack_kernel(packed_ptr, spike_ptr, elements, BYTES: tl.constexpr):
 _BYTES = 512  # a program's
 
 
-@custom_op("respike::pack_spikes", mutates_args=())
+@operator("respike::pack_spikes")
 def pack_spikes(spikes: Tensor) -> Tensor:
     """Zeros and ones [S, ...] of any type -> uint8 [ceil(elements / 8)], in the order of memory."""
     spikes = steps_outermost(spikes)
@@ -59,7 +59,7 @@ def _(spikes):
     return torch.empty((spikes.numel() + 7) // 8, dtype=torch.uint8, device=spikes.device)
 
 
-@custom_op("respike::unpack_spikes", mutates_args=())
+@operator("respike::unpack_spikes")
 def unpack_spikes(packed: Tensor, shape: list[int], order: list[int], dtype: torch.dtype) -> Tensor:
     """What `pack_spikes` packed: `order` names its dimensions after the first from the widest stride down."""
     spikes = _empty(packed, shape, order, dtype)

@@ -11,6 +11,8 @@ and step costs, with the statistics' own pass over x:
     batch norm + residual + ReLU         8 bytes forward, 14 backward
 """
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -494,42 +496,46 @@ PARTIALS_AT_ONCE, COLUMNS_TOGETHER = 128, 16  # of the results of a reduction's 
 
 
 class _Geometry:
-    """Rows, channels and tiles of [S, N, C, ...]; the same on every machine, so that processes agree.
-    values: as VALUES. pool: rows go window by window (2x2 pixels)."""
+    """Rows, channels and tiles of x [S, N, C, ...], and how programs share them; the same on every machine, so that
+    processes agree. Worked out once for each shape, because a launch is due every 100 microseconds.
 
-    def __init__(self, x: Tensor, fires: bool, values: dict[int, int], pool: bool = False):
-        self.steps, self.channels = x.shape[0], x.shape[2]
-        self.inner = x.shape[3:].numel()
-        self.width = x.shape[-1] if pool else 0
-        self.rows = x.shape[1] * self.inner
-        self.channels_last = is_channels_last(x)
-        in_registers = self.steps if fires else 1
-        tile = next(values[steps] for steps in sorted(values) if in_registers <= steps) * 32 * WARPS
-        self.warps = WARPS
-        if self.channels_last and self.channels > 1:
+    values: as VALUES. pool: rows go window by window (2x2 pixels). programs: about so many share all tiles; 0: each
+    tile has its own.
+    """
+
+    def __init__(self, shape: torch.Size, strides: tuple[int, ...], fires: bool, values: tuple, warps: int, pool: bool,
+                 programs: int):  # fmt: skip
+        self.steps, self.channels = shape[0], shape[2]
+        inner = shape[3:].numel()
+        self.rows = shape[1] * inner
+        # A kernel of neurons takes all steps at once.
+        self.steps_in_kernel, outer = (self.steps, 1) if fires else (1, self.steps)
+        channels_last = is_channels_last(torch.empty_strided(shape, strides, device="meta"))
+        tile = next(count for steps, count in sorted(values) if self.steps_in_kernel <= steps) * 32 * warps
+        if channels_last and self.channels > 1:
             # 64 channels are 128 bytes of a row: whole lines of memory.
-            self.tile_columns = min(next_power_of_2(self.channels), 64 if in_registers <= 4 else 32)
-            self.tile_rows = tile // self.tile_columns
+            columns = min(next_power_of_2(self.channels), 64 if self.steps_in_kernel <= 4 else 32)
+            self.tile_rows = tile // columns
         else:
-            self.tile_columns, self.tile_rows, self.warps = 1, tile // 2, WARPS // 2
-        self.row_tiles = cdiv(self.rows, self.tile_rows)
-        self.column_tiles = cdiv(self.channels, self.tile_columns)
+            columns, self.tile_rows, warps = 1, tile // 2, warps // 2
+        row_tiles, column_tiles = cdiv(self.rows, self.tile_rows), cdiv(self.channels, columns)
+        self.tiles = 1  # of a program
+        if programs:
+            self.tiles = cdiv(row_tiles, max(1, min(row_tiles, programs // (column_tiles * outer))))
+        self.grid = cdiv(row_tiles, self.tiles), column_tiles, outer
+        self.together = (cdiv(self.channels, COLUMNS_TOGETHER),)  # the grid that puts results together
+        self.arguments = self.rows, self.channels, inner, self.rows * self.channels
+        self.width = shape[-1] if pool else 0
+        self.meta = dict(CHANNELS_LAST=channels_last, ROWS=self.tile_rows, COLUMNS=columns, num_warps=warps)
 
-    def grid(self, fires: bool, tiles: int = 1) -> tuple[int, int, int]:
-        return cdiv(self.row_tiles, tiles), self.column_tiles, 1 if fires else self.steps
 
-    def tiles_of_a_program(self, fires: bool, programs: int) -> int:
-        """So that about `programs` programs share all tiles evenly."""
-        others = self.column_tiles * (1 if fires else self.steps)
-        return cdiv(self.row_tiles, max(1, min(self.row_tiles, programs // others)))
+_cached_geometry = functools.lru_cache(maxsize=1024)(_Geometry)  # the layers of a network, a few times
 
-    def arguments(self) -> tuple[int, int, int, int]:
-        return self.rows, self.channels, self.inner, self.rows * self.channels
 
-    def tiles(self) -> dict:
-        return dict(
-            CHANNELS_LAST=self.channels_last, ROWS=self.tile_rows, COLUMNS=self.tile_columns, num_warps=self.warps
-        )
+def _geometry(x: Tensor, fires: bool, values: dict[int, int], pool: bool = False, programs: int = 0) -> _Geometry:
+    if fires and x.shape[0] > MAX_STEPS:
+        raise ValueError(f"the fused kernels take up to {MAX_STEPS} time steps, got {x.shape[0]}")
+    return _cached_geometry(x.shape, x.stride(), fires, tuple(values.items()), WARPS, pool, programs)
 
 
 def launch_moments(
@@ -539,20 +545,18 @@ def launch_moments(
     """(mean, biased variance) [S, C] of each step and channel of x [S, N, C, ...]. Updates running_mean and
     running_var [C] once a step, in place, and adds S to batches []; or, if they are [S, C], each step's own once, and
     adds 1. None: there are none."""
-    geometry = _Geometry(x, False, {1: 8})
-    tiles = geometry.tiles_of_a_program(False, PROGRAMS_OF_MOMENTS)
-    grid = geometry.grid(False, tiles)
-    means = torch.empty(grid[0], geometry.steps, geometry.channels, dtype=dtype, device=x.device)
+    geometry = _geometry(x, False, {1: 8}, programs=PROGRAMS_OF_MOMENTS)
+    means = torch.empty(geometry.grid[0], geometry.steps, geometry.channels, dtype=dtype, device=x.device)
     squares = torch.empty_like(means)
     mean = torch.empty(geometry.steps, geometry.channels, dtype=dtype, device=x.device)
     variance = torch.empty_like(mean)
     with torch.cuda.device_of(x):
-        _moments_kernel[grid](
-            x, means, squares, *geometry.arguments(), tiles, COMPUTE=compute_type(x.dtype), **geometry.tiles()
+        _moments_kernel[geometry.grid](
+            x, means, squares, *geometry.arguments, geometry.tiles, COMPUTE=compute_type(x.dtype), **geometry.meta
         )
-        _statistics_kernel[(cdiv(geometry.channels, COLUMNS_TOGETHER),)](
-            means, squares, mean, variance, running_mean, running_var, batches,
-            grid[0], geometry.steps, geometry.channels, geometry.rows, tiles * geometry.tile_rows, momentum,
+        _statistics_kernel[geometry.together](
+            means, squares, mean, variance, running_mean, running_var, batches, geometry.grid[0],
+            geometry.steps, geometry.channels, geometry.rows, geometry.tiles * geometry.tile_rows, momentum,
             OF_EACH_STEP=running_mean is not None and running_mean.dim() == 2,
             COMPUTE=compute_type(x.dtype), PROGRAMS=PARTIALS_AT_ONCE, COLUMNS=COLUMNS_TOGETHER, num_warps=8,
         )  # fmt: skip
@@ -567,13 +571,13 @@ def launch_forward(
     """Fills total [S, N, C, ...] = batch norm + residual, its ReLU or its averages over 2x2 pixels, and spikes, if they
     are given."""
     fires = spikes is not None
-    geometry = _Geometry(x, fires, VALUES, pool)
+    geometry = _geometry(x, fires, VALUES, pool)
     with torch.cuda.device_of(x):
-        _forward_kernel[geometry.grid(fires)](
+        _forward_kernel[geometry.grid](
             x, mean, variance, weight, bias, residual, total, spikes,
-            *geometry.arguments(), geometry.width, _statistics_step(mean),
-            POOL=pool, FIRE=fires, RELU=relu, EPS=eps, STEPS=_steps_in_kernel(geometry, fires), AHEAD=AHEAD,
-            TAU=p.tau, V_THRESHOLD=p.v_threshold, V_RESET=p.v_reset, COMPUTE=compute_type(x.dtype), **geometry.tiles(),
+            *geometry.arguments, geometry.width, _statistics_step(mean),
+            POOL=pool, FIRE=fires, RELU=relu, EPS=eps, STEPS=geometry.steps_in_kernel, AHEAD=AHEAD,
+            TAU=p.tau, V_THRESHOLD=p.v_threshold, V_RESET=p.v_reset, COMPUTE=compute_type(x.dtype), **geometry.meta,
         )  # fmt: skip
 
 
@@ -585,21 +589,19 @@ def launch_backward_sums(
 ) -> None:  # fmt: skip
     """Fills weighted [S, 2, C] with weight times the sums over rows of dy and of dy (x - mean), grad_weight and
     grad_bias [C], and grad_y with dy."""
-    geometry = _Geometry(x, fires, REDUCED_VALUES if fires else VALUES, pool)
-    tiles = geometry.tiles_of_a_program(fires, PROGRAMS_OF_SUMS)
-    grid = geometry.grid(fires, tiles)
-    partial = torch.empty(grid[0], geometry.steps, 2, geometry.channels, dtype=weighted.dtype, device=x.device)
+    geometry = _geometry(x, fires, REDUCED_VALUES if fires else VALUES, pool, PROGRAMS_OF_SUMS)
+    partial = torch.empty(geometry.grid[0], geometry.steps, 2, geometry.channels, dtype=weighted.dtype, device=x.device)
     with torch.cuda.device_of(x):
-        _backward_sums_kernel[grid](
+        _backward_sums_kernel[geometry.grid](
             x, mean, variance, weight, bias, total, grad_total, grad_spikes,
             partial, grad_y,
-            *geometry.arguments(), geometry.width, _statistics_step(mean), tiles,
-            POOL=pool, FIRE=fires, RELU=relu, EPS=eps, STEPS=_steps_in_kernel(geometry, fires),
-            **_neuron(p), COMPUTE=compute_type(x.dtype), **geometry.tiles(),
+            *geometry.arguments, geometry.width, _statistics_step(mean), geometry.tiles,
+            POOL=pool, FIRE=fires, RELU=relu, EPS=eps, STEPS=geometry.steps_in_kernel,
+            **_neuron(p), COMPUTE=compute_type(x.dtype), **geometry.meta,
         )  # fmt: skip
-        _together_kernel[(cdiv(geometry.channels, COLUMNS_TOGETHER),)](
+        _together_kernel[geometry.together](
             partial, variance, weight, weighted, grad_weight, grad_bias,
-            grid[0], geometry.steps, geometry.channels, _statistics_step(mean),
+            geometry.grid[0], geometry.steps, geometry.channels, _statistics_step(mean),
             EPS=eps, COMPUTE=compute_type(x.dtype), PROGRAMS=PARTIALS_AT_ONCE, COLUMNS=COLUMNS_TOGETHER, num_warps=8,
         )  # fmt: skip
 
@@ -613,27 +615,22 @@ def launch_backward_input(
     """Fills grad_x. weighted [S or 1, 2, C]: as `launch_backward_sums` makes it, added up over all that has its
     statistics in common; None: the statistics are no function of x. count: the number of values that they are of, in
     memory; None: those of x."""
-    geometry = _Geometry(x, fires, VALUES, pool)
+    geometry = _geometry(x, fires, VALUES, pool)
     values = geometry.rows * geometry.steps // mean.shape[0]
     with torch.cuda.device_of(x):
-        _backward_input_kernel[geometry.grid(fires)](
+        _backward_input_kernel[geometry.grid](
             x, mean, variance, weight, bias, grad_total, grad_spikes,
-            weighted, count, grad_x, *geometry.arguments(), geometry.width, _statistics_step(mean), values,
-            POOL=pool, FIRE=fires, RELU=relu, EPS=eps, STEPS=_steps_in_kernel(geometry, fires), AHEAD=AHEAD,
-            **_neuron(p), COMPUTE=compute_type(x.dtype), **geometry.tiles(),
+            weighted, count, grad_x, *geometry.arguments, geometry.width, _statistics_step(mean), values,
+            POOL=pool, FIRE=fires, RELU=relu, EPS=eps, STEPS=geometry.steps_in_kernel, AHEAD=AHEAD,
+            **_neuron(p), COMPUTE=compute_type(x.dtype), **geometry.meta,
         )  # fmt: skip
-
-
-def _steps_in_kernel(geometry: _Geometry, fires: bool) -> int:
-    if fires and geometry.steps > MAX_STEPS:
-        raise ValueError(f"the fused kernels take up to {MAX_STEPS} time steps, got {geometry.steps}")
-    return geometry.steps if fires else 1
 
 
 def _statistics_step(mean: Tensor) -> int:
     return mean.shape[1] if mean.shape[0] > 1 else 0
 
 
+@functools.cache
 def _neuron(p: LIFParameters) -> dict:
     return dict(
         TAU=p.tau, V_THRESHOLD=p.v_threshold, V_RESET=p.v_reset,

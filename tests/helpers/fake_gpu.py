@@ -2,6 +2,7 @@
 works out for every operator as it would on CUDA."""
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -13,21 +14,26 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from models.kernels import geglu, triton_lif
 from utils import triton_language
 
 
 @contextlib.contextmanager
-def fake_gpu(monkeypatch, precision: torch.dtype | None = torch.bfloat16) -> Iterator[torch.device]:
-    """Inside it tensors are fake, and autocast to `precision` is on for CUDA. Yields the device."""
-    monkeypatch.setattr(triton_language, "_capability", lambda: (9, 0))
+def fake_gpu(
+    monkeypatch, precision: torch.dtype | None = torch.bfloat16, capability: tuple[int, int] = (9, 0)
+) -> Iterator[torch.device]:
+    """Inside it tensors are fake, and autocast to `precision` is on for CUDA. Yields the device, of compute capability
+    (9, 0) (H100, H200) or (8, 0) (A100)."""
+    monkeypatch.setattr(triton_language, "_capability", lambda: capability)
     # Without a GPU PyTorch would lay convolutions out as its CPU code does.
     monkeypatch.setattr(torch._C, "_select_conv_backend", lambda *args, **kwargs: torch._C._ConvBackend.Cudnn)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     # torch.autocast("cuda") switches itself off without a GPU, the flags that it sets do not.
     state = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
     torch.set_autocast_enabled("cuda", precision is not None)
     torch.set_autocast_dtype("cuda", precision or torch.bfloat16)
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cuda"), _FlashAttention():
+        with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cuda"), _FusedAttention(capability):
             yield torch.device("cuda")
     finally:
         torch.clear_autocast_cache()
@@ -35,13 +41,29 @@ def fake_gpu(monkeypatch, precision: torch.dtype | None = torch.bfloat16) -> Ite
         torch.set_autocast_dtype("cuda", state[1])
 
 
-class _FlashAttention(TorchFunctionMode):
-    """Attention by the kernel that a GPU takes for bfloat16 and heads of width 32; PyTorch asks the GPU itself."""
+def launch_nothing(monkeypatch) -> None:
+    """Triton kernels return at once, and what they would have written stays as it is."""
+    for kernel in (triton_lif._forward_kernel, geglu._forward_kernel):
+        monkeypatch.setattr(type(kernel), "__getitem__", lambda self, grid: lambda *args, **kwargs: None)
+
+
+class _FusedAttention(TorchFunctionMode):
+    """Attention by the kernel that PyTorch chooses for half precision and heads of width 32: cuDNN's from compute
+    capability 9.0 on, else flash attention. PyTorch asks the GPU itself."""
+
+    def __init__(self, capability: tuple[int, int]):
+        super().__init__()
+        aten = torch.ops.aten
+        self._cudnn = functools.partial(aten._scaled_dot_product_cudnn_attention, attn_bias=None)
+        self._flash = aten._scaled_dot_product_flash_attention
+        self._is_new = capability >= (9, 0)
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function is F.scaled_dot_product_attention and torch.is_autocast_enabled("cuda"):
-            precision = torch.get_autocast_dtype("cuda")
-            return torch.ops.aten._scaled_dot_product_flash_attention(*(x.to(precision) for x in args))[0]
+            args = [x.to(torch.get_autocast_dtype("cuda")) for x in args]
+            if self._is_new:
+                return self._cudnn(*args, compute_log_sumexp=torch.is_grad_enabled())[0]
+            return self._flash(*args)[0]
         return function(*args, **(kwargs or {}))
 
 

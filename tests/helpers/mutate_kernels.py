@@ -24,11 +24,13 @@ ROOT = Path(__file__).parents[2]
 IMPORTED = torch._dynamo, torchvision, triton  # before the forks
 LIF, NORM = "models/kernels/triton_lif.py", "models/kernels/triton_batch_norm.py"
 OPERATORS, GEGLU, PACKING = "models/kernels/operators.py", "models/kernels/geglu.py", "models/kernels/packing.py"
+OPERATOR = "models/kernels/operator.py"
 SPLIT, SURROGATES = "dataset/residual_kernel.py", "models/kernels/surrogates.py"
 GROUP, MODULE, STEM = "models/kernels/group_norm.py", "models/batch_norm.py", "models/spiking_resnet.py"
 TESTS = {
     LIF: "tests/models/kernels/test_lif_kernels.py",
     OPERATORS: "tests/models/kernels/test_lif_kernels.py tests/models/kernels/test_batch_norm_kernels.py",
+    OPERATOR: "tests/models/kernels/test_operator.py",
     SURROGATES: "tests/models/kernels/test_lif_kernels.py",
     GEGLU: "tests/models/kernels/test_geglu.py",
     GROUP: "tests/models/kernels/test_group_norm.py",
@@ -122,6 +124,10 @@ MUTATIONS = [
     (OPERATORS, "None if residual is None else laid_out_as(residual, x)", "residual"),
     (OPERATORS, "torch.empty_like(x) if fire else", "torch.empty_like(x, dtype=torch.float32) if fire else"),
     (OPERATORS, "return torch.empty_like(current), v_end", "return torch.empty_like(current).float(), v_end"),
+    (OPERATOR, "torch.autograd.graph.increment_version(", "list("),
+    (OPERATOR, "(twice if torch.is_grad_enabled() else gradient)", "gradient"),
+    (OPERATOR, "torch._C._len_torch_dispatch_stack() > 0", "False"),
+    (OPERATOR, "torch._C._are_functorch_transforms_active()", "False"),
     # the modules above
     (MODULE, "type(neuron) is LIF and", "neuron is not None and"),
     (MODULE, "x.shape[0] <= MAX_STEPS", "True"),

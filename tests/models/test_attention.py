@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from models import ReSpike
-from models.attention import CrossAttentionFusion, GroupNorm, LayerNorm, LeanFusion, upsample_tokens
+from models.attention import CrossAttentionFusion, GroupNorm, LayerNorm, LeanFusion, _bilinear_matrix, upsample_tokens
 from tests.helpers.fake_gpu import backward, fake_gpu
 from utils.energy import count_operations
 
@@ -36,6 +36,17 @@ def test_a_cached_matrix_can_be_trained_with():
     tokens = torch.randn(1, 15, 4, requires_grad=True)
     upsample_tokens(tokens, 5, 3, 2).sum().backward()
     torch.testing.assert_close(tokens.grad.sum(), torch.tensor(4.0 * 60))
+
+
+def test_a_recorded_cuda_graph_reads_no_matrix_that_the_cache_may_drop(monkeypatch):
+    with fake_gpu(monkeypatch):
+        tokens = torch.empty(1, 15, 4)
+        for recording, kept in ((True, 0), (False, 1)):
+            monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda recording=recording: recording)
+            _bilinear_matrix.cache_clear()
+            upsample_tokens(tokens, 5, 3, 2)
+            assert _bilinear_matrix.cache_info().currsize == kept
+    _bilinear_matrix.cache_clear()  # without the tensors that have no memory
 
 
 @pytest.mark.parametrize("block", [CrossAttentionFusion, LeanFusion])

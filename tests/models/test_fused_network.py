@@ -13,7 +13,8 @@ from dataset.residual import key_residual_split
 from models import ReSpike
 from models.kernels.packing import pack_spikes, spike_conv2d, unpack_spikes
 from models.neurons import BACKENDS
-from tests.helpers.fake_gpu import fake_gpu
+from models.respike import FUSIONS
+from tests.helpers.fake_gpu import fake_gpu, launch_nothing
 from tests.helpers.spikingjelly import skip_without_spikingjelly
 from tests.models.kernels.test_lif_kernels import DEVICE, channels_last
 from tests.models.test_golden import CASES, GOLDEN, TOLERANCE, golden_input, published_state_dict
@@ -101,6 +102,20 @@ def test_layers_are_fused_wherever_they_follow_each_other(monkeypatch, options, 
     assert not calls.others & {"relu", "relu_", "native_batch_norm"}
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"branches": "ann"}, {"branches": "snn"}, *({"fusion": name} for name in FUSIONS if name != "concat")],
+    ids=lambda options: next(iter(options.values())),
+)
+def test_every_network_compiles_as_one_graph(monkeypatch, options):
+    """Forward and backward. Kernels are traced and not launched; their results are compared with less."""
+    launch_nothing(monkeypatch)
+    model = small(lif_backend="triton", **options)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    compiled(*key_residual_split(clip(), 2)).sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
 def test_spikes_are_written_in_the_type_that_convolutions_compute_in():
     """As the kernels write them: autocast would convert any other type before a convolution sees it."""
     model = small(lif_backend="triton")
@@ -156,8 +171,10 @@ def test_convolution_of_packed_spikes(padding):
         results.append((out, *torch.autograd.grad(out.square().sum(), [spikes, conv.weight])))
     for want, got in zip(*results, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
-    torch.library.opcheck(pack_spikes, (spikes.detach(),))
-    torch.library.opcheck(unpack_spikes, (pack_spikes(spikes.detach()), [3, 2, 4, 9, 9], [1, 3, 4, 2], torch.float32))
+    spikes = spikes.detach()
+    torch.library.opcheck(pack_spikes.definition, (spikes,))
+    as_before = [3, 2, 4, 9, 9], [1, 3, 4, 2], torch.float32
+    torch.library.opcheck(unpack_spikes.definition, (pack_spikes(spikes), *as_before))
 
 
 @pytest.mark.parametrize("precision", [None, torch.bfloat16], ids=str)

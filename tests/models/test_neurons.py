@@ -133,6 +133,18 @@ def test_state_does_not_outlive_a_call():
     assert torch.equal(layer(current), layer(current))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(3, 4, 64, 56, 56), (2, 1_300_001)], ids=str)
+def test_spikes_are_counted_exactly_and_without_a_copy_of_the_layer(shape, dtype):
+    layer, spikes = LIF(), make_current(shape, "channels last" if len(shape) == 5 else "contiguous").gt(0).to(dtype)
+    layer.count_spikes = True
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        layer.counted(spikes)
+    assert layer.spike_sum.item() == spikes.count_nonzero().item() and layer.neuron_steps.item() == spikes.numel()
+    most = max(event.self_cpu_memory_usage for event in profile.events())
+    assert 0 < most <= 3 * 4 * 2**18 < spikes.numel() * spikes.element_size()
+
+
 def test_without_gradient_for_the_state():
     current = make_current(SHAPES["image"]).requires_grad_()
     spikes, _ = lif(current, LIFParameters())

@@ -62,3 +62,18 @@ def test_the_model_itself_is_never_replayed(replayed):
     assert not replayed and "forward" not in vars(network.model)
     network.train()(*torch.randn(2, 8, 3))
     assert replayed == [8]
+
+
+def test_the_memory_of_the_graphs_is_known(replayed, monkeypatch):
+    """Blocks that are empty after the recording do not count; those of a graph are never given back."""
+    reserved = {"graph": 0, "empty": 300}
+    record = torch.cuda.make_graphed_callables
+
+    def recording(model, inputs):
+        record(model, inputs)
+        reserved.update(graph=2000, empty=500)
+
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", recording)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: reserved.update(empty=0))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: sum(reserved.values()))
+    assert graphed().held_bytes == 2000

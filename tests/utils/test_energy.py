@@ -10,12 +10,15 @@ import pytest
 import torch
 import torchvision
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from dataset.residual import key_residual_split
 from models import ReSpike
 from models.attention import Attention
 from models.batch_norm import StepBatchNorm2d
 from models.neurons import LIF, NEURONS
+from tests.helpers.fake_gpu import fake_gpu
 from tests.helpers.spikingjelly import skip_without_spikingjelly
 from utils import energy
 from utils.energy import (
@@ -315,6 +318,34 @@ def test_values_other_than_0_and_1_are_refused(monkeypatch):
     model.snn.stages[0][0].conv1.register_forward_pre_hook(lambda conv, inputs: (inputs[0] / 0.0,))
     with pytest.raises(RuntimeError, match=r"stage1\.block1\.conv1"):
         metered(model, *clips())
+
+
+class _Waits(TorchDispatchMode):
+    """Lists the operators that take a tensor of the host, which is copied to the GPU, or read one of the GPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        taken = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        if any(x.device.type == "cpu" for x in taken) or "_local_scalar" in function.name():
+            self.found.append(function.name())
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_pass_never_waits_for_the_gpu(monkeypatch):
+    """But the first of a size, which copies the fans there. Reading a tensor without memory would raise an error."""
+    with fake_gpu(monkeypatch), torch.no_grad():
+        model = ReSpike(num_classes=5, stride=2).eval()
+        frames = torch.empty(2, 2, 3, 64, 64), torch.empty(2, 2, 1, 3, 64, 64)
+        # A tensor that is made without a device lies on the CPU, as in a run on a GPU.
+        with torch.device("cpu"), SpikeMeter(model) as meter:
+            for _ in range(2):
+                with _Waits() as waits:
+                    model(*frames)
+        assert meter.clips == 4
+    assert not waits.found
 
 
 def test_spikes_that_pass_the_meter_by_are_an_error():

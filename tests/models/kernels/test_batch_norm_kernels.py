@@ -268,11 +268,11 @@ def test_operators_are_well_formed():
     x, weight, bias, residual = make((3, 2, 5, 4, 4), torch.float32, "channels last", True)
     mean, variance = operators.moments(x)
     layer = (x, mean, variance, weight, bias)
-    torch.library.opcheck(operators.moments, (x,))
+    torch.library.opcheck(operators.moments.definition, (x,))
     running = torch.zeros_like(weight), torch.ones_like(weight), torch.zeros((), dtype=torch.int64, device=DEVICE)
-    torch.library.opcheck(operators.moments_and_running, (x, *running, 0.1))
+    torch.library.opcheck(operators.moments_and_running.definition, (x, *running, 0.1))
     each = torch.zeros_like(mean), torch.ones_like(mean), running[2]
-    torch.library.opcheck(operators.moments_and_running, (x, *each, 0.1))
+    torch.library.opcheck(operators.moments_and_running.definition, (x, *each, 0.1))
     # PyTorch 2.11 cannot call an operator that writes to an argument with a default.
     arguments = torch.ops.respike.moments_and_running.default._schema.arguments
     assert not any(argument.has_default_value() for argument in arguments)
@@ -283,12 +283,11 @@ def test_operators_are_well_formed():
         (None, None, EPS, True, True, True, False, True),
         (residual_, None, EPS, True, True, False, True, False),
     ):
-        torch.library.opcheck(operators.batch_norm, (x_, mean, variance, weight_, bias_, *pattern, neuron))
-    torch.library.opcheck(operators.batch_norm_backward_sums, (*layer, x, x, x, EPS, True, False, False, neuron))
+        torch.library.opcheck(operators.batch_norm.definition, (x_, mean, variance, weight_, bias_, *pattern, neuron))
+    plain = (EPS, True, False, False, neuron)
+    torch.library.opcheck(operators.batch_norm_backward_sums.definition, (*layer, x, x, x, *plain))
     weighted = torch.ones(3, 2, 5, device=DEVICE)
-    torch.library.opcheck(
-        operators.batch_norm_backward_input, (*layer, None, x, weighted, None, EPS, True, False, False, neuron)
-    )
+    torch.library.opcheck(operators.batch_norm_backward_input.definition, (*layer, None, x, weighted, None, *plain))
 
 
 def test_compiles_without_a_graph_break():

@@ -45,7 +45,7 @@ def test_the_mean_may_be_far_from_zero():
 
 def test_the_operator_is_well_formed():
     x, weight, bias = (value.requires_grad_() for value in make((2, 8, 3, 3), torch.float32))
-    torch.library.opcheck(_group_norm, (x, 4, weight, bias, EPS))
+    torch.library.opcheck(_group_norm.definition, (x, 4, weight, bias, EPS))
 
 
 def test_what_does_not_fit_goes_to_pytorch():

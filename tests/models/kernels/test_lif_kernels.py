@@ -125,11 +125,12 @@ def test_operators_are_well_formed():
     """torch.library.opcheck: schema, fake tensors, autograd, and tracing with dynamic shapes."""
     neuron = LIFParameters().text
     current, v0 = random((3, 2, 5), torch.float32).requires_grad_(), random((2, 5), torch.float32).requires_grad_()
-    torch.library.opcheck(operators.lif, (current, v0, True, neuron))
-    torch.library.opcheck(operators.lif, (current, None, False, neuron))
+    torch.library.opcheck(operators.lif.definition, (current, v0, True, neuron))
+    torch.library.opcheck(operators.lif.definition, (current, None, False, neuron))
     gradients = (random((3, 2, 5), torch.float32), random((2, 5), torch.float32))
-    torch.library.opcheck(operators.lif_backward, (current.detach(), v0.detach(), *gradients, True, neuron))
-    torch.library.opcheck(operators.lif_backward, (current.detach(), None, gradients[0], None, False, neuron))
+    current, v0 = current.detach(), v0.detach()
+    torch.library.opcheck(operators.lif_backward.definition, (current, v0, *gradients, True, neuron))
+    torch.library.opcheck(operators.lif_backward.definition, (current, None, gradients[0], None, False, neuron))
 
 
 def test_compiles_without_a_graph_break():
