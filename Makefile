@@ -1,7 +1,7 @@
 # make demo       set up and train on generated videos; results in runs/demo
 # make demo-prepared   prepare the demo's videos (python -m dataset.prepare) and train on the copy; as make demo
 # make demo-ann   the same command with the ANN branch alone: it cannot tell the motions apart
-# make demo-binding   train on generated videos that need both branches; results in runs/demo-binding
+# make demo-binding   train --fusion film on generated videos that need both branches; results in runs/demo-binding
 # make test       set up and run every test that needs no GPU
 # make test-gpu   set up and run the tests that need a CUDA device
 # make lint       set up and run ruff
@@ -43,7 +43,7 @@ demo-ann: $(READY)
 	$(BIN)/python train_fusion.py $(DEMO) --branches ann --run-dir runs/demo-ann --overwrite
 
 demo-binding: $(READY)
-	$(BIN)/python train_fusion.py --dset demo-binding $(TRAINED) --run-dir runs/demo-binding --overwrite
+	$(BIN)/python train_fusion.py --dset demo-binding --fusion film $(TRAINED) --run-dir runs/demo-binding --overwrite
 
 # Two processes, a file of tests to each at a time; most tests use one thread, and start processes of their own.
 test: $(READY)
