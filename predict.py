@@ -36,7 +36,7 @@ from dataset.splits import VideoRecord
 from dataset.transforms import CROP_POSITIONS, eval_short_side, eval_transforms
 from models import Network, ReSpike, load_network
 from models.neurons import BACKENDS, runs_on_triton
-from models.streaming import StreamState, start_segment, step
+from models.streaming import StreamState, check_neurons, start_segment, step
 from utils.annotate import VideoWriter, draw
 from utils.device import choose_algorithms, choose_device, choose_precision, cpu_count
 from utils.errors import ArgumentParser, UserError
@@ -97,6 +97,8 @@ def main() -> int:
             f"--{'stream' if args.stream else 'save'}: predicts frame by frame; a {trained.network} "
             f"({trained.settings['backbone']}) needs all {trained.frames} frames of a clip; leave the flag out"
         )
+    if args.stream or args.save:
+        check_neurons(model)
     device = choose_device(args.device)
     runtime = Runtime(
         device, choose_precision(device, trained.flags.get("amp", True) if args.amp is None else args.amp)

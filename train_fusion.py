@@ -151,6 +151,8 @@ def parse_args() -> argparse.Namespace:
     args = parse(parser, DEFAULTS)
     if args.dset in DEMOS and args.annotation_path is not None:
         raise UserError("--annotation-path: a demo makes its own split files, under --data-root")
+    if args.dset in DEMOS and args.split != 1:
+        raise UserError(f"--split {args.split}: a demo has one split, 1")
     if args.clips_per_video == "all" and args.sampling != "window":
         raise UserError("--clips-per-video all: every window of a video; it goes with --sampling window")
     args.run_dir = args.run_dir or default_run_dir(args, f"{args.dset}-split{args.split}")

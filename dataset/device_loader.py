@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Sampler
 from dataset.batch_sampler import EvalBatchSampler, TrainBatchSampler
 from dataset.clips import VideoTable
 from dataset.frame_sampling import FrameSampling
-from dataset.residual import PADDED_CHANNELS, key_residual_split
+from dataset.residual import PADDED_CHANNELS, every_frame_a_key, key_residual_split
 from dataset.video import VideoBatch, VideoDataset, collate, loaded, make_loader
 from utils.errors import UserError
 from utils.runtime import Runtime
@@ -29,8 +29,8 @@ class Batch(NamedTuple):
 
 
 class DeviceLoader:
-    """Batches of a DataLoader on the device of `runtime`, for clips in segments of `stride` frames. `minus` as for
-    `dataset.residual.key_residual_split`.
+    """Batches of a DataLoader on the device of `runtime`, for clips in segments of `stride` frames; with 1, every frame
+    is a key frame. `minus` as for `dataset.residual.key_residual_split`.
 
     Iterating gives uint8 `VideoBatch`es; on a GPU the next one is copied while the present one is used. `split`
     makes a `Batch` of one just before the network takes it, because key and residual frames are up to four times
@@ -53,7 +53,10 @@ class DeviceLoader:
     def split(self, batch: VideoBatch) -> Batch:
         precision = self._runtime.precision
         channels = PADDED_CHANNELS if batch.clips.is_cuda and precision is not None else 3
-        key, residual = key_residual_split(batch.clips, self._stride, precision, self._minus, channels)
+        if self._stride == 1:
+            key, residual = every_frame_a_key(batch.clips, precision, channels)
+        else:
+            key, residual = key_residual_split(batch.clips, self._stride, precision, self._minus, channels)
         return Batch(key, residual, batch.labels, batch.videos)
 
     def empty(self) -> VideoBatch:

@@ -29,10 +29,10 @@ def _constants(device: torch.device) -> tuple[Tensor, Tensor]:
     return torch.tensor(_SCALE, device=device), torch.tensor(_SCALED_MEAN, device=device)
 
 
-def check_stride(frames: int, stride: int, least: int = 2) -> None:
-    """Raise UserError unless `frames` can be cut into segments of `stride` frames, `least` or more."""
-    if stride < least:
-        raise UserError(f"--stride must be at least {least} (key frame and residual frames), got {stride}")
+def check_stride(frames: int, stride: int) -> None:
+    """Raise UserError unless `frames` can be cut into segments of `stride` frames."""
+    if stride < 2:
+        raise UserError(f"--stride must be at least 2 (a key frame and one residual frame), got {stride}")
     if frames < stride or frames % stride:
         raise UserError(
             f"-T must be a multiple of --stride, got T {frames} and stride {stride}; "
@@ -45,24 +45,42 @@ def key_residual_split(
 ) -> tuple[Tensor, Tensor]:
     """Key frames, and the others minus their key frame (ReSpike, arXiv 2409.01564, section 3.1).
 
-    clip: [B, T, 3, H, W], T a multiple of `stride`; with stride 1 every frame is a key frame. uint8 is
-    scaled to [0, 1] and normalised with ImageNet's mean and standard deviation per channel (the mean
-    cancels in a residual); a floating-point clip is taken as normalised already.
+    clip: [B, T, 3, H, W], T a multiple of `stride`. uint8 is scaled to [0, 1] and normalised with
+    ImageNet's mean and standard deviation per channel (the mean cancels in a residual); a
+    floating-point clip is taken as normalised already.
     minus: what is subtracted: the "key" frame of the segment (as published), the "previous" frame, or "none": the
     frames as they are.
     channels: 3; if more, there are zeros behind the colours, which `models.colours.ColourConv2d` takes.
 
     Returns key [B, T/stride, channels, H, W] and residual [B, T/stride, stride-1, channels, H, W], in `dtype`;
     None: the clip's type, float32 from uint8. Both lie in memory channels-last and the residual time first,
-    as the network reads them. Raises UserError if stride is below 1 or does not divide T.
+    as the network reads them. Raises UserError if stride is below 2 or does not divide T.
     """
-    if clip.dim() != 5 or clip.shape[2] != 3:
-        raise UserError(f"clip must be [B, T, 3, H, W], got {list(clip.shape)}")
-    check_stride(clip.shape[1], stride, least=1)
-    if clip.dtype != torch.uint8 and not clip.is_floating_point():
-        raise UserError(f"clip must be uint8 or floating point, got {clip.dtype}")
+    _check_clip(clip)
+    check_stride(clip.shape[1], stride)
     if minus not in RESIDUALS:
         raise UserError(f"minus must be one of {', '.join(RESIDUALS)}, got {minus!r}")
+    return _in_segments(clip, stride, dtype, minus, channels)
+
+
+def every_frame_a_key(clip: Tensor, dtype: torch.dtype | None = None, channels: int = 3) -> tuple[Tensor, Tensor]:
+    """For networks without residual frames (`models.baselines`): key [B, T, channels, H, W], and a residual without
+    frames, [B, T, 0, channels, H, W]. Arguments as for `key_residual_split`. Raises UserError for another kind of
+    clip."""
+    _check_clip(clip)
+    return _in_segments(clip, 1, dtype, "key", channels)
+
+
+def _check_clip(clip: Tensor) -> None:
+    if clip.dim() != 5 or clip.shape[2] != 3:
+        raise UserError(f"clip must be [B, T, 3, H, W], got {list(clip.shape)}")
+    if clip.dtype != torch.uint8 and not clip.is_floating_point():
+        raise UserError(f"clip must be uint8 or floating point, got {clip.dtype}")
+
+
+def _in_segments(
+    clip: Tensor, stride: int, dtype: torch.dtype | None, minus: str, channels: int
+) -> tuple[Tensor, Tensor]:
     frames = clip.unflatten(1, (-1, stride)).permute(0, 1, 2, 4, 5, 3)  # [B, K, stride, H, W, 3]
     if clip.dtype == torch.uint8 and clip.is_cuda and why_not_on("cuda") is None:
         key, residual = residual_kernel.split(

@@ -43,8 +43,9 @@ class Variant:
 
 
 def choose(words: Sequence[str], flags: Sequence[str]) -> dict[str, Variant]:
-    """Variants by name. words: names above, or `name=flags` for one that has these flags and none of RESPIKE; none
-    stands for all names above. flags: of every run. Raises UserError for an unknown name."""
+    """Variants by name. words: names above, or `name=flags`; no word stands for all names above. RESPIKE comes
+    before the flags of a variant, unless they name a network of BASELINES. flags: of every run. Raises UserError for an
+    unknown name."""
     chosen = {}
     for word in words or (*VARIANTS, *BASELINES):
         name, is_own, changed = word.partition("=")
@@ -53,7 +54,7 @@ def choose(words: Sequence[str], flags: Sequence[str]) -> dict[str, Variant]:
                 f"--only {word}: expected one of {', '.join((*VARIANTS, *BASELINES))}, or a variant of your own as "
                 '"name=flags", its name of letters, digits and ._+-'
             )
-        own = "" if is_own or name in BASELINES else RESPIKE
         changed = changed if is_own else {**VARIANTS, **BASELINES}[name]
+        own = "" if any(baseline in changed for baseline in BASELINES.values()) else RESPIKE
         chosen[name] = Variant(changed, (*shlex.split(f"{BASE} {own}"), *flags, *shlex.split(changed)))
     return chosen

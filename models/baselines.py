@@ -1,7 +1,7 @@
 """Networks to compare ReSpike with, trained on the same clips by the same scripts.
 
-Both see every frame of a clip as a key frame: key [B, T, 3, H, W], as `dataset.residual.key_residual_split` gives it
-with stride 1, and a residual without frames. So they share ReSpike's loader, training, evaluation and energy.
+Both see every frame of a clip as a key frame: key [B, T, 3, H, W], as `dataset.residual.every_frame_a_key` gives
+it, and a residual without frames. So they share ReSpike's loader, training, evaluation and energy.
 """
 
 import contextlib

@@ -39,6 +39,14 @@ class StreamState:
     steps: int = 0  # residual frames of the current segment
 
 
+def check_neurons(model: ReSpike) -> None:
+    """Raise UserError for neurons of another type than "lif", whose state is not known here."""
+    layers = [layer for stage in model.lif_layers().values() for layer in stage]
+    other = next((layer for layer in layers if type(layer) is not LIF), None)
+    if other is not None:
+        raise UserError(f"frame by frame, membranes of lif neurons alone are carried on; this network has {other.name}")
+
+
 @torch.no_grad()
 def start_segment(model: ReSpike, key: Tensor, state: StreamState) -> StreamState:
     """Begin a segment with its key frame, [B, 3, H, W], normalised. Membranes start at zero.
@@ -52,10 +60,8 @@ def start_segment(model: ReSpike, key: Tensor, state: StreamState) -> StreamStat
         raise ValueError(
             f"a key frame must be [B, 3, H, W], H and W multiples of {SIZE_MULTIPLE}, got {list(key.shape)}"
         )
+    check_neurons(model)
     layers = [layer for stage in model.lif_layers().values() for layer in stage]
-    other = next((layer for layer in layers if type(layer) is not LIF), None)
-    if other is not None:
-        raise UserError(f"a stream carries membranes of lif neurons only; this network has {other.name}")
     ann, contexts = None, [None] * len(model.fusions)
     if model.ann is not None:
         ann = model.ann.stem(key)

@@ -225,7 +225,7 @@ def _batch_norm_gradient(ctx, grad_total, grad_spikes):
         if mean.shape[0] == 1 and weighted.shape[0] > 1:
             weighted = weighted.sum(0, keepdim=True)
         if count is not None:
-            weighted = collectives.all_reduce(weighted, "sum", dist.group.WORLD)
+            weighted = collectives.wait_tensor(collectives.all_reduce(weighted, "sum", dist.group.WORLD))
     grad_x = batch_norm_backward_input(*layer, *through, weighted, count, ctx.eps, fire, relu, ctx.pool, ctx.neuron)
     grad_residual = None if ctx.residual_dtype is None else through[0].to(ctx.residual_dtype)
     return grad_x, None, None, grad_weight, grad_bias, grad_residual, *(None,) * 8

@@ -163,3 +163,11 @@ def test_two_runs_that_start_at_once_share_one_demo(tmp_path):
         started = [pool.submit(generate_demo, tmp_path, settings, workers=1) for _ in range(3)]
         assert len({run.result() for run in started}) == 1
     assert len(list(tmp_path.glob("videos/*/*.avi"))) == 24
+
+
+def test_another_demo_is_not_replaced(tmp_path):
+    small = dict(train_videos_per_class=1, test_videos_per_class=1, frames=4, side_pixels=32)
+    generate_demo(tmp_path, DemoSettings(**small), workers=1)
+    with pytest.raises(UserError, match=r"holds the videos of another demo \(motion\); name another folder"):
+        generate_demo(tmp_path, DemoSettings(**small, kind="binding"), workers=1)
+    assert len(list(tmp_path.glob("videos/*/*.avi"))) == 16

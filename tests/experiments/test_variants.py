@@ -27,10 +27,12 @@ def test_respikes_flags_come_before_those_of_all_runs_and_its_own_last():
     assert " ".join(chosen["r3d_18"].flags) == f"{BASE} --size 64 --model r3d_18"
 
 
-def test_a_variant_of_ones_own_has_the_flags_it_names():
-    chosen = choose(["cross", "wide=--model resnet50 --fusion 'a b'"], ["--size", "64"])
-    assert list(chosen) == ["cross", "wide"] and chosen["wide"].changed == "--model resnet50 --fusion 'a b'"
-    assert chosen["wide"].flags == (*BASE.split(), "--size", "64", "--model", "resnet50", "--fusion", "a b")
+def test_a_variant_of_ones_own_starts_from_the_same_flags():
+    chosen = choose(["cross", "wide=--model resnet50 --fusion 'a b'", "tsn=--branches frames -T 8"], ["--size", "64"])
+    assert list(chosen) == ["cross", "wide", "tsn"] and chosen["wide"].changed == "--model resnet50 --fusion 'a b'"
+    first = (*BASE.split(), *RESPIKE.split(), "--size", "64")
+    assert chosen["wide"].flags == (*first, "--model", "resnet50", "--fusion", "a b")
+    assert chosen["tsn"].flags == (*BASE.split(), "--size", "64", "--branches", "frames", "-T", "8")
 
 
 @pytest.mark.parametrize("word", ["crss", "a/b=--stride 2", "=--stride 2", "a b="])

@@ -5,7 +5,7 @@ import torch
 import torchvision
 from torchvision.transforms.v2 import functional as F
 
-from dataset.residual import key_residual_split
+from dataset.residual import every_frame_a_key
 from models import FramesResNet, ReSpike, VideoResNet, load_network
 from models.baselines import VIDEO_BACKBONES
 from models.resnet import load_weights
@@ -31,7 +31,7 @@ def test_frames_is_torchvisions_resnet_averaged_over_the_frames(clip):
     frames = F.normalize(clip / 255, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     with torch.no_grad():
         want = torch.stack([resnet(frames[:, t]) for t in range(5)]).mean(0)
-        torch.testing.assert_close(model.eval()(*key_residual_split(clip, 1)), want, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(model.eval()(*every_frame_a_key(clip)), want, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("backbone", VIDEO_BACKBONES)
@@ -45,8 +45,8 @@ def test_video_networks_are_torchvisions_with_its_constants(clip, backbone):
     frames = F.normalize(clip / 255, (0.43216, 0.394666, 0.37645), (0.22803, 0.22145, 0.216989))
     with torch.no_grad():
         want = theirs(frames.transpose(1, 2))
-        torch.testing.assert_close(model(*key_residual_split(clip, 1)), want, rtol=1e-4, atol=1e-5)
-        padded = key_residual_split(clip, 1, channels=8)
+        torch.testing.assert_close(model(*every_frame_a_key(clip)), want, rtol=1e-4, atol=1e-5)
+        padded = every_frame_a_key(clip, channels=8)
         torch.testing.assert_close(model(*padded), want, rtol=1e-4, atol=1e-5)
 
 
@@ -94,7 +94,7 @@ def test_a_checkpoint_gives_its_own_network_and_no_other(tmp_path, clip, model):
     export(TrainedNetwork(path, model.state_dict(), settings, {}, epochs=1), path)
     loaded = load_network(path)
     assert type(loaded) is type(model) and loaded.trained.frames == 5 and not loaded.training
-    batch = key_residual_split(clip, 1)
+    batch = every_frame_a_key(clip)
     with torch.no_grad():
         assert torch.equal(loaded(*batch), model.eval()(*batch))
     with pytest.raises(UserError, match=rf"a {type(model).__name__} \({backbone}\), expected a ReSpike"):
@@ -104,7 +104,7 @@ def test_a_checkpoint_gives_its_own_network_and_no_other(tmp_path, clip, model):
 def test_gradients_of_two_frames_in_bfloat16_on_a_cpu_are_those_of_float32():
     """PyTorch's own bfloat16 gradient there holds, now and then, whatever lay in memory before."""
     model, gradients = VideoResNet("r3d_18", 3), []
-    key, residual = key_residual_split(torch.randint(0, 256, (4, 4, 3, 32, 32), dtype=torch.uint8), 1)
+    key, residual = every_frame_a_key(torch.randint(0, 256, (4, 4, 3, 32, 32), dtype=torch.uint8))
     for bfloat16 in (True, False):
         with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
             loss = model(key, residual).square().sum()

@@ -109,6 +109,14 @@ def test_flags_without_a_part_in_a_video_network_are_refused(monkeypatch, capfd,
     refused(monkeypatch, capfd, {"--model": "mc3_18"} | flags, rf"{flag}: has no part .* --model mc3_18", train_fusion)
 
 
+def test_what_defaults_say_of_respike_has_no_part(monkeypatch):
+    edited = {"freeze": "ann", "neuron": "sj.Nope", "stride": 5, "precise_bn": 8, "sync_bn": True, "fusion": "film"}
+    monkeypatch.setattr(train_fusion, "DEFAULTS", train_fusion.DEFAULTS | edited | {"model": "r3d_18"})
+    monkeypatch.setattr("sys.argv", ["train_fusion.py", "-T", "7"])
+    args = train_fusion.parse_args()
+    assert (args.stride, args.freeze, args.precise_bn, args.sync_bn) == (1, None, 0, False)
+
+
 def test_the_run_folder_is_named_for_the_network(monkeypatch):
     for network, name in ((NETWORKS["frames"], "resnet18-frames-T7"), (NETWORKS["video"], "r3d_18-T7")):
         words = [str(word) for pair in (network | {"-T": 7}).items() for word in pair]

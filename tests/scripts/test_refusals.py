@@ -38,6 +38,11 @@ BAD_FLAGS = {
     "lists": ({"--annotation-path": "/nowhere"}, r"--annotation-path /nowhere: no such folder"),
     "split": ({"--split": "2"}, r"expected files <class>_test_split2\.txt, found none"),
     "weights": ({"--weights": "r18.pth"}, r"--weights r18\.pth: .*no such file"),
+    "split of a demo": ({"--dset": "demo", "--split": "2"}, r"a demo makes its own split files|a demo has one split"),
+    "precise test": (
+        {"--test-only": None, "--resume": "auto", "--precise-bn": "8"},
+        r"--precise-bn: --test-only tests the batch",
+    ),
     "keep": ({"--keep": "0"}, r"--keep must be at least 1"),
     "minutes": ({"--checkpoint-minutes": "-1"}, r"--checkpoint-minutes must be at least 0"),
     "checkpoint": ({"--resume": "/nowhere/last.pt"}, r"/nowhere/last\.pt: no such checkpoint"),

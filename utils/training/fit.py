@@ -121,6 +121,7 @@ class TrainingState:
         self.model.load_state_dict(state["model"])
         hyperparameters = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
+        self._begin_momentum()
         for group, values in zip(self.optimizer.param_groups, hyperparameters, strict=True):
             group.update(values)
         if self.scaler.is_enabled() and state["scaler"]:
@@ -139,6 +140,16 @@ class TrainingState:
             self.best = state["best"]
         elif epoch > 0:
             print("note: there is no best epoch so far on these videos and labels; it is chosen from here on")
+
+    def _begin_momentum(self) -> None:
+        """Parameters that were frozen until here have none beside others that have it, which fused SGD refuses. From
+        zero, the first step is the one that a new optimizer takes."""
+        states = self.optimizer.state
+        if any(state.get("momentum_buffer") is not None for state in states.values()):
+            for group in self.optimizer.param_groups:
+                for parameter in group["params"]:
+                    if parameter.requires_grad and states[parameter].get("momentum_buffer") is None:
+                        states[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
 
 def cosine_with_warmup(epoch: int, epochs: int, warmup_epochs: int) -> float:

@@ -212,7 +212,10 @@ def parse(parser: ArgumentParser, defaults: dict) -> argparse.Namespace:
         for name in _OF_RESPIKE if args.model in BACKBONES else (*_OF_RESPIKE, *_OF_RESNETS):
             if typed[name] is not None:
                 raise UserError(f"--{name.replace('_', '-')}: has no part in the network of {network}; leave it out")
-        args.stride = 1  # every frame is a key frame
+        # What DEFAULTS say of ReSpike has no part either.
+        args.stride, args.freeze, args.pack_spikes = 1, None, False  # every frame is a key frame
+        if args.model in VIDEO_BACKBONES:
+            args.lif_backend, args.sync_bn, args.precise_bn = "auto", False, 0
     _check_together(args)
     return args
 
@@ -243,11 +246,14 @@ def _check_together(args: argparse.Namespace) -> None:
         raise UserError(f"--size must be a multiple of {SIZE_MULTIPLE}, got {args.size}; the nearest is {nearest}")
     if args.sampling == "segments" and args.frame_stride != 1:
         raise UserError("--frame-stride: segments cover the whole video; it goes with --sampling window")
-    try:
-        parameters = neuron_parameters(args)
-    except ValueError as error:
-        raise UserError(f"--tau, --surrogate, --alpha: {error}") from error
-    neuron_factory(args.neuron, parameters, args.lif_backend, args.neuron_args, args.stride - 1)  # refused if unknown
+    if not is_baseline(args):
+        try:
+            parameters = neuron_parameters(args)
+        except ValueError as error:
+            raise UserError(f"--tau, --surrogate, --alpha: {error}") from error
+        neuron_factory(
+            args.neuron, parameters, args.lif_backend, args.neuron_args, args.stride - 1
+        )  # refused if unknown
     if args.cuda_graphs and (args.device.startswith("cpu") or args.accumulate > 1 or args.compile):
         raise UserError(
             f"--cuda-graphs needs a GPU, --accumulate 1 and no --compile; got --device {args.device}, "
@@ -265,6 +271,11 @@ def _check_together(args: argparse.Namespace) -> None:
         raise UserError("--init: a resumed run has its weights already; give --init or --resume PATH, not both")
     if args.freeze is not None and args.branches == "snn":
         raise UserError("--freeze ann: --branches snn has no ANN branch")
+    if args.test_only and args.precise_bn:
+        raise UserError(
+            "--precise-bn: --test-only tests the batch norm that the checkpoint holds; evaluate.py --precise-bn "
+            "measures it anew"
+        )
     if args.test_only and not args.resume:
         raise UserError("--test-only: which weights? Name a checkpoint with --resume PATH, or --resume auto")
     if args.run_dir is None and args.test_only and args.resume != "auto":
