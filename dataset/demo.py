@@ -97,8 +97,10 @@ def _generate(root: Path, settings: DemoSettings, workers: int) -> None:
     # Only what carries the demo's stamp is the demo's to replace.
     if not stamp.is_file() and (videos.exists() or splits.exists()):
         raise UserError(f"{root}: holds videos that are not the demo's; name another folder", about="data_root")
-    text = stamp.read_text() if stamp.is_file() else ""  # empty if a generation was interrupted
-    kind = json.loads(text)["kind"] if text else settings.kind
+    try:
+        kind = json.loads(stamp.read_text())["kind"]
+    except (FileNotFoundError, ValueError):  # none, or of a generation that was interrupted
+        kind = settings.kind
     if kind != settings.kind:
         raise UserError(f"{root}: holds the videos of another demo ({kind}); name another folder", about="data_root")
     stamp.write_text("")  # an interrupted generation starts over
