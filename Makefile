@@ -2,6 +2,7 @@
 # make demo-prepared   prepare the demo's videos (python -m dataset.prepare) and train on the copy; as make demo
 # make demo-ann   the same command with the ANN branch alone: it cannot tell the motions apart
 # make demo-binding   train --fusion film on generated videos that need both branches; results in runs/demo-binding
+# make check      the quick tests: units, golden numbers, refusals; no processes, no killing, few kernels
 # make test       set up and run every test that needs no GPU
 # make test-gpu   set up and run the tests that need a CUDA device
 # make lint       set up and run ruff
@@ -18,7 +19,7 @@ CLIPS ?= ../shared/clips
 TRAINED := --weights none --downsample -T 8 --stride 4 --size 64 -b 16 -lr 0.05 --clip-norm 1 --warmup-epochs 1 --epochs 6
 DEMO := --dset demo $(TRAINED)
 
-.PHONY: help setup demo demo-prepared demo-ann demo-binding test test-gpu lint bench clean
+.PHONY: help setup demo demo-prepared demo-ann demo-binding check test test-gpu lint bench clean
 
 help:
 	@sed -n 's/^# make/make/p' Makefile
@@ -48,6 +49,16 @@ demo-binding: $(READY)
 # Two processes, a file of tests to each at a time; most tests use one thread, and start processes of their own.
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+# What takes long: whole runs, several processes, killing, kernels in Triton's interpreter.
+SLOW := scripts/test_survival scripts/test_train_fusion scripts/test_train_kinetics scripts/test_processes \
+	scripts/test_evaluate scripts/test_predict scripts/test_baselines scripts/test_main scripts/test_prepared \
+	models/kernels/test_batch_norm_kernels models/kernels/test_kernel_compilation models/test_fused_network \
+	models/kernels/test_lif_kernels models/test_resnet models/test_streaming models/test_initial_weights \
+	utils/test_energy utils/test_plots dataset/test_prepare dataset/test_decode experiments/test_sweep \
+	helpers/test_helpers
+check: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile $(SLOW:%=--ignore=tests/%.py)
 
 test-gpu: $(READY)
 	$(BIN)/python -m pytest -m "gpu or kernels"

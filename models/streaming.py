@@ -44,7 +44,7 @@ def check_neurons(model: ReSpike) -> None:
     layers = [layer for stage in model.lif_layers().values() for layer in stage]
     other = next((layer for layer in layers if type(layer) is not LIF), None)
     if other is not None:
-        raise UserError(f"frame by frame, membranes of lif neurons alone are carried on; this network has {other.name}")
+        raise UserError(f"a stream carries membranes of lif neurons only; this network has {other.name}")
 
 
 @torch.no_grad()
