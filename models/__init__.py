@@ -1,8 +1,6 @@
 import os
 from pathlib import Path
 
-import torch
-
 from models.baselines import FramesResNet, VideoResNet
 from models.network import Network
 from models.respike import ReSpike
@@ -15,8 +13,7 @@ _NETWORKS = {network.__name__: network for network in (ReSpike, FramesResNet, Vi
 
 def load_network(path: str | os.PathLike, lif_backend: str = "auto") -> Network:
     """The network of a checkpoint, whichever it is; else as `Network.from_checkpoint`."""
-    with torch.device("cpu"):  # whatever torch.set_default_device says
-        return network_of(load_trained(Path(path)), lif_backend)
+    return network_of(load_trained(Path(path)), lif_backend)
 
 
 def network_of(trained: TrainedNetwork, lif_backend: str = "auto") -> Network:

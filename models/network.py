@@ -1,6 +1,7 @@
 """What every network that the training scripts make has in common: how it comes back from a checkpoint."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Self
 
@@ -26,15 +27,11 @@ class Network(nn.Module):
     fusions: nn.ModuleList | tuple  # of each stage; None for a stage without one
     memory_format = torch.channels_last  # of the weights, as the layers run fastest
     trained: TrainedNetwork | None = None  # how, if the network comes from a checkpoint
+    from_settings: Callable[[dict, str], Self]  # settings of a checkpoint, lif_backend -> with random weights
 
     def lif_layers(self) -> dict[str, list[nn.Module]]:
         """The spiking neurons of each stage; empty without an SNN."""
         return {}
-
-    @classmethod
-    def from_settings(cls, settings: dict, lif_backend: str) -> Self:
-        """The network of a checkpoint's settings, with random weights."""
-        raise NotImplementedError
 
     @classmethod
     def from_checkpoint(cls, path: str | os.PathLike, lif_backend: str = "auto") -> Self:
@@ -44,8 +41,7 @@ class Network(nn.Module):
         Raises UserError if the file is absent, damaged or of another class of networks; `models.load_network` takes
         them all.
         """
-        with torch.device("cpu"):  # whatever torch.set_default_device says
-            return cls.from_trained(load_trained(Path(path)), lif_backend)
+        return cls.from_trained(load_trained(Path(path)), lif_backend)
 
     @classmethod
     def from_trained(cls, trained: TrainedNetwork, lif_backend: str = "auto") -> Self:
@@ -54,7 +50,8 @@ class Network(nn.Module):
                 f"{trained.path}: a {trained.network} ({trained.settings.get('backbone')}), expected a {cls.__name__}"
             )
         try:
-            model = cls.from_settings(trained.settings, lif_backend)
+            with torch.device("cpu"):  # whatever torch.set_default_device says
+                model = cls.from_settings(trained.settings, lif_backend)
             model.load_state_dict(trained.weights)
         except UserError:
             raise

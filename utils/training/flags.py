@@ -42,12 +42,8 @@ _OF_RESPIKE = (
     "stride", "residual", "freeze", "downsample", "fusion", "snn_bn", "neuron", "neuron_args", "tau", "surrogate",
     "alpha", "pack_spikes",
 )  # fmt: skip
-_OF_RESNETS = (
-    "branches",
-    "lif_backend",
-    "sync_bn",
-    "precise_bn",
-)  # ReSpike's among them; torchvision's video networks have neither
+# Of the project's own batch norms and branches, which torchvision's video networks do not have.
+_OF_RESNETS = ("branches", "lif_backend", "sync_bn", "precise_bn")
 # Values a channel and batch. On 32 pixels at -lr 0.001, two clips of one key frame end in NaN within 50 steps; the same
 # two among 24 that only add to the statistics do not. At -lr 0.01 so few clips are too few for a step as well.
 _FEW_VALUES = 16
@@ -239,21 +235,19 @@ def _as_flag(name: str, value) -> list[str]:
 
 def _check_together(args: argparse.Namespace) -> None:
     """What no flag shows alone."""
-    if not is_baseline(args):
-        check_stride(args.time, args.stride)
     if args.size % SIZE_MULTIPLE:
         nearest = max(1, round(args.size / SIZE_MULTIPLE)) * SIZE_MULTIPLE
         raise UserError(f"--size must be a multiple of {SIZE_MULTIPLE}, got {args.size}; the nearest is {nearest}")
     if args.sampling == "segments" and args.frame_stride != 1:
         raise UserError("--frame-stride: segments cover the whole video; it goes with --sampling window")
     if not is_baseline(args):
+        check_stride(args.time, args.stride)
         try:
             parameters = neuron_parameters(args)
         except ValueError as error:
             raise UserError(f"--tau, --surrogate, --alpha: {error}") from error
-        neuron_factory(
-            args.neuron, parameters, args.lif_backend, args.neuron_args, args.stride - 1
-        )  # refused if unknown
+        # Refused if it is unknown.
+        neuron_factory(args.neuron, parameters, args.lif_backend, args.neuron_args, args.stride - 1)
     if args.cuda_graphs and (args.device.startswith("cpu") or args.accumulate > 1 or args.compile):
         raise UserError(
             f"--cuda-graphs needs a GPU, --accumulate 1 and no --compile; got --device {args.device}, "
