@@ -80,9 +80,9 @@ def read_point(name: str, runs: Sequence[Path]) -> Point:
             energies.append(float(report["energy"]["total_mj"]))
             spiking = report["network"].get("branches", "ann") != "ann"
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            detail = f"{type(error).__name__}: {error}"
+            found = "a file without them" if file.exists() else "no such file"
             raise UserError(
-                f"{file}: expected accuracy and energy in it ({detail}); run python evaluate.py {run} --energy"
+                f"{file}: expected accuracy and energy, found {found}; run python evaluate.py {run} --energy"
             ) from error
     return Point(name, tuple(top1), statistics.mean(energies), spiking)
 

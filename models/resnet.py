@@ -119,18 +119,19 @@ def load_weights(resnet: nn.Module, backbone: str, weights: str | None) -> None:
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
+    expected = "expected default, none, a torchvision weights name or a file"
     if not path.is_file():
-        raise UserError(
-            f"{path}: expected default, none, a torchvision weights name or a file; no such file", about="weights"
-        )
+        found = "this is a folder; --init takes a run" if path.is_dir() else "no such file"
+        raise UserError(f"{path}: {expected}; {found}", about="weights")
     try:
         state_dict = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises many types for a damaged or unsafe file
         raise UserError(f"{path}: not a readable state dict ({_first_detail(error)})", about="weights") from error
     if not isinstance(state_dict, dict) or not all(isinstance(v, Tensor) for v in state_dict.values()):
-        raise UserError(
-            f"{path}: expected a state dict (name -> tensor), found {type(state_dict).__name__}", about="weights"
-        )
+        found = f"a {type(state_dict).__name__}"
+        if isinstance(state_dict, dict) and "model" in state_dict:
+            found = "the checkpoint of a run; --init takes this file"
+        raise UserError(f"{path}: expected a state dict (name -> tensor), found {found}", about="weights")
     return state_dict
 
 

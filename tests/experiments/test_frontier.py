@@ -100,7 +100,7 @@ def test_mistakes_are_one_line(sweep_folder, tmp_path, run_sweep):
     for words, message in (
         (["--out", "a.jpg", sweep_folder], "--out a.jpg: the name of a picture must end in .png"),
         (["--out", "a.png", tmp_path / "empty"], f"{tmp_path}/empty: expected a run folder, or a sweep"),
-        (["--out", "a.png", untested], f"{untested}/evaluation.json: expected accuracy and energy in it (KeyError"),
+        (["--out", "a.png", untested], f"{untested}/evaluation.json: expected accuracy and energy, found a file"),
         (["--out", "a.png", sweep_folder, "--titles", "a", "b"], "--titles: expected one for each of the 1 panels"),
     ):
         status, _, err = run_sweep(frontier.main, *words)

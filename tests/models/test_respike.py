@@ -8,6 +8,7 @@ from models import ReSpike
 from models.batch_norm import BATCH_NORMS
 from models.kernels.parameters import LIFParameters
 from models.neurons import BACKENDS, LIF, NEURONS
+from models.resnet import read_state_dict
 from tests.helpers.spikingjelly import skip_without_spikingjelly
 from tests.models.test_golden import published_state_dict
 from utils.errors import UserError
@@ -246,6 +247,14 @@ def test_backbone_weights_from_a_file(tmp_path):
     (tmp_path / "r18.pt").write_bytes(b"junk")
     with pytest.raises(UserError, match="not a readable state dict"):
         ReSpike(weights=str(tmp_path / "r18.pt"))
+
+
+def test_a_run_is_no_weights_and_init_is_named(tmp_path):
+    with pytest.raises(UserError, match="this is a folder; --init takes a run"):
+        read_state_dict(tmp_path)
+    torch.save({"model": {}, "epoch": 3}, tmp_path / "last.pt")
+    with pytest.raises(UserError, match="found the checkpoint of a run; --init takes this file"):
+        read_state_dict(tmp_path / "last.pt")
 
 
 def test_default_weights_offline_say_what_to_do(monkeypatch):
