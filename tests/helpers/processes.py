@@ -163,7 +163,7 @@ def count(folder: str, runtime: Runtime) -> list[dict]:
         if name.endswith("running_mean"):
             buffer.normal_(0, 0.2)
     results = []
-    for videos in (table(folder, 7), table(folder, 101)):
+    for videos in (table(folder, 7), table(folder, 37)):
         views = SegmentSampling(4, views=2)
         data = VideoDataset(videos, eval_clips(videos, views), views, eval_transforms(32, 36), seed=0)
         batches = EvalBatchSampler(data.clips, 4, runtime.rank, runtime.count)
