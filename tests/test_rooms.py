@@ -6,19 +6,22 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+READ_A_NETWORK = ("utils.energy", "utils.pictures", "utils.prediction", "utils.training", "utils.heads")
 # Folder -> what its files must not import. Files directly in utils/ are plumbing: they know neither data nor network,
 # except the command utils/plots.py. benchmarks/ (how fast is it?) and experiments/ (how good is it?) stand above
 # all of them and beside each other.
 FORBIDDEN = {
     "benchmarks": ("experiments",),
     "experiments": ("benchmarks",),
-    "utils": ("dataset", "models", "utils.training", "utils.heads", "utils.energy"),
-    "dataset": ("models", "utils.training", "utils.heads", "utils.energy"),
-    "models": ("dataset", "utils.training", "utils.heads", "utils.energy"),
+    "utils": ("dataset", "models", *READ_A_NETWORK),
+    "dataset": ("models", *READ_A_NETWORK),
+    "models": ("dataset", *READ_A_NETWORK),
     "models/kernels": ("models.heads", "models.respike", "models.neurons"),
-    "utils/energy": ("dataset", "utils.training", "utils.heads"),
-    "utils/training": ("utils.heads", "models.heads"),
-    "utils/heads": ("utils.training",),
+    "utils/energy": ("dataset", "utils.pictures", "utils.prediction", "utils.training", "utils.heads"),
+    "utils/pictures": ("utils.energy", "utils.prediction", "utils.training", "utils.heads"),
+    "utils/prediction": ("utils.energy", "utils.pictures", "utils.heads", "models.heads"),
+    "utils/training": ("utils.prediction", "utils.heads", "models.heads"),
+    "utils/heads": ("utils.energy", "utils.pictures", "utils.prediction", "utils.training"),
 }
 FILES = [file for folder in (*FORBIDDEN, "models/heads") for file in sorted((ROOT / folder).glob("*.py"))]
 
@@ -40,7 +43,7 @@ def test_no_arrow_points_up(file):
     if folder not in ("benchmarks", "experiments"):
         forbidden |= {"benchmarks", "experiments"}
     if str(file.relative_to(ROOT)) == "utils/plots.py":
-        forbidden -= {"models", "dataset"}
+        forbidden -= {"models", "dataset", "utils.pictures", "utils.prediction"}
     above = {name for name in imported(file) if any(name == up or name.startswith(f"{up}.") for up in forbidden)}
     assert not above, f"{file} imports {above}"
 
