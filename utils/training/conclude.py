@@ -10,7 +10,8 @@ from utils.energy.report import energy_report
 from utils.energy.spikes import SpikeMeter, own_neurons, spike_statistics
 from utils.errors import OtherProcessError, UserError
 from utils.figures import as_image
-from utils.plots import firing_rate_figure, fusion_figure, record
+from utils.pictures.network import firing_rate_figure, fusion_figure
+from utils.pictures.recording import record
 from utils.run_folder import RunFolder
 from utils.signals import StopRequest
 from utils.training.engine import evaluate
