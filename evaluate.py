@@ -30,20 +30,15 @@ from dataset.transforms import CROP_POSITIONS
 from models import Network, network_of
 from models.neurons import BACKENDS, runs_on_triton
 from utils.device import choose_algorithms, choose_precision
-from utils.energy import (
-    Constants,
-    SpikeMeter,
-    baselines,
-    count_memory,
-    count_operations,
-    energy_report,
-    format_report,
-    own_neurons,
-    spike_statistics,
-)
+from utils.energy.memory import count_memory
+from utils.energy.operations import count_operations
+from utils.energy.report import Constants, baselines, energy_report
+from utils.energy.spikes import SpikeMeter, own_neurons, spike_statistics
+from utils.energy.table import format_report
 from utils.errors import ArgumentParser, UserError
+from utils.figures import save_figure
 from utils.files import write_atomically, writing
-from utils.plots import calibration, save_calibration, save_confusion
+from utils.pictures.predictions import calibration_figure, confusion_figure
 from utils.run_folder import described_code
 from utils.runtime import Runtime, join_run
 from utils.script import run_script
@@ -52,7 +47,7 @@ from utils.training.engine import evaluate
 from utils.training.flags import number, of_this_machine, whole
 from utils.training.metrics import VideoScores
 from utils.training.precise_bn import measure_statistics
-from utils.training.report import confusion, per_class, write_confusion, write_predictions
+from utils.training.report import calibration, confusion, per_class, write_confusion, write_predictions
 
 # Flags that replace what the checkpoint's run was given, each only if its training script has it.
 _DATA_FLAGS = (
@@ -296,13 +291,13 @@ def write_all(folder: Path, tested: Tested, result: dict) -> None:
     confidence, predicted = probabilities.max(1)
     classes = tested.trained.classes
     matrix = confusion(labels, predicted, len(classes))
-    result["calibration_error"] = calibration(confidence, predicted == labels)[1]
+    by_confidence, result["calibration_error"] = calibration(confidence, predicted == labels)
     result["per_class"] = per_class(matrix, classes)
     paths = [path for path, is_seen in zip(tested.paths, seen.tolist(), strict=True) if is_seen]
     write_predictions(folder / "predictions.csv", paths, labels, probabilities, classes)
     write_confusion(folder / "confusion.csv", matrix, classes)
-    save_confusion(folder / "confusion.png", matrix, classes)
-    save_calibration(folder / "calibration.png", confidence, predicted == labels)
+    save_figure(folder / "confusion.png", confusion_figure(matrix, classes))
+    save_figure(folder / "calibration.png", calibration_figure(by_confidence, result["calibration_error"]))
     with writing(folder, _ELSEWHERE):
         write_atomically(folder / "evaluation.json", (json.dumps(result, indent=2, default=str) + "\n").encode())
 

@@ -21,7 +21,8 @@ from dataset.live import frames_of
 from dataset.residual import key_residual_split
 from models import ReSpike
 from models.respike import SETTINGS
-from predict import Clips, FrameByFrame
+from utils.prediction.clips import Clips
+from utils.prediction.frames import FrameByFrame
 from utils.runtime import Runtime
 from utils.trained import TrainedNetwork, export
 
@@ -48,7 +49,7 @@ def main() -> None:
     for counted in range(-1, args.rounds):
         started, busy, clip = time.perf_counter(), 0.0, []
         for live in itertools.islice(frames, args.stride):
-            clip.append(centre(torch.from_numpy(live.rgb.copy()).permute(2, 0, 1)))
+            clip.append(centre(live.rgb))
             busy -= time.process_time()
             shown.show(clip[-1])
             busy += time.process_time()

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from utils.errors import ArgumentParser, UserError
-from utils.figures import check_format, new_figure, save_figure
+from utils.figures import COLOURS, check_format, new_figure, save_figure
 from utils.script import run_script
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.transforms import Bbox
 
-_RESPIKE, _OTHER, _FRONT = "#0072B2", "#D55E00", "0.45"  # Okabe and Ito's colours, which the colour-blind tell apart
+_RESPIKE, _OTHER, _FRONT = *COLOURS[:2], "0.45"
 _RADII = (2, 10, 20, 34, 50, 70, 95)  # pixels from a point's marker to its name
 _MARKER_PIXELS = 6  # half its side
 

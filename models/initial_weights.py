@@ -11,7 +11,7 @@ from models.published_weights import rename_published_state_dict
 from models.resnet import read_state_dict
 from models.respike import ReSpike
 from utils.errors import UserError
-from utils.trained import load_trained
+from utils.trained import TrainedNetwork, load_trained
 
 _SHAPING = {"backbone": "model", "branches": "branches", "fusion": "fusion", "downsample": "downsample"}  # -> flag
 _WRAPPERS = re.compile(r"^((module|_orig_mod)\.)+")  # before the names in a DistributedDataParallel, a compiled module
@@ -31,39 +31,10 @@ def initialise(model: Network, settings: dict, path: Path) -> str:
     try:
         trained = load_trained(path)
     except UserError as refusal:
-        try:
-            state_dict = read_state_dict(path)
-        except UserError:
-            raise UserError(str(refusal), about="init") from refusal
-        state_dict = {_WRAPPERS.sub("", name): value for name, value in state_dict.items()}
-        if state_dict.keys() & model.state_dict().keys():
-            about, weights = "a state dict, without settings", state_dict
-            same_classes = len(weights.get("head.bias", ())) == model.head.out_features
-            fitted = fit_running(weights, model.state_dict())
-        elif not isinstance(model, ReSpike):
-            raise UserError(str(refusal), about="init") from refusal
-        else:
-            about = "weights of the published code"
-            weights, same_classes = _from_published(model, state_dict, path)
-            fitted = settings.get("snn_batch_norm") == "through-time"
+        about, weights, same_classes = _of_state_dict(model, path, refusal)
     else:
-        if trained.network != type(model).__name__:
-            raise UserError(
-                f"{path}: holds a {trained.network}, this run trains a {type(model).__name__}", about="init"
-            )
-        for name, flag in _SHAPING.items():
-            if trained.settings.get(name) != settings.get(name):
-                raise UserError(
-                    f"{path}: its --{flag} is {trained.settings.get(name)}, this run has {settings.get(name)}",
-                    about="init",
-                )
-        changed = [
-            f"{name} {trained.settings.get(name)} there, {settings[name]} here" for name in settings
-            if name not in ("classes", "num_classes") and trained.settings.get(name) != settings[name]
-        ]  # fmt: skip
-        about = "; ".join([f"trained for {trained.epochs} epochs", *changed])
-        weights, same_classes = dict(trained.weights), trained.classes == settings["classes"]
-        fitted = fit_running(weights, model.state_dict())
+        about, weights, same_classes = _of_run(model, settings, path, trained)
+    fitted = fit_running(weights, model.state_dict())
     if not same_classes:
         weights |= {f"head.{name}": value for name, value in model.head.state_dict().items()}
     try:
@@ -81,11 +52,36 @@ def initialise(model: Network, settings: dict, path: Path) -> str:
     return f"network: starts from {path} ({about}){notes}"
 
 
-def _from_published(model: ReSpike, state_dict: dict[str, Tensor], path: Path) -> tuple[dict[str, Tensor], bool]:
-    """(the weights under this project's names, whether they have a head of as many classes)"""
-    own_head = {f"fc.{name}": value for name, value in model.head.state_dict().items()}
-    same_classes = len(state_dict.get("fc.bias", ())) == model.head.out_features
+def _of_run(model: Network, settings: dict, path: Path, trained: TrainedNetwork) -> tuple[str, dict[str, Tensor], bool]:
+    """(what was taken, the weights, whether their head has the same classes)"""
+    if trained.network != type(model).__name__:
+        raise UserError(f"{path}: holds a {trained.network}, this run trains a {type(model).__name__}", about="init")
+    for name, flag in _SHAPING.items():
+        there, here = trained.settings.get(name), settings.get(name)
+        if there != here:
+            raise UserError(f"{path}: its --{flag} is {there}, this run has {here}", about="init")
+    changed = [
+        f"{name} {trained.settings.get(name)} there, {here} here" for name, here in settings.items()
+        if name not in ("classes", "num_classes") and trained.settings.get(name) != here
+    ]  # fmt: skip
+    about = "; ".join([f"trained for {trained.epochs} epochs", *changed])
+    return about, dict(trained.weights), trained.classes == settings["classes"]
+
+
+def _of_state_dict(model: Network, path: Path, refusal: UserError) -> tuple[str, dict[str, Tensor], bool]:
+    """As `_of_run`. refusal: why the file is no checkpoint of this project."""
     try:
-        return rename_published_state_dict(state_dict if same_classes else state_dict | own_head, model), same_classes
+        weights = {_WRAPPERS.sub("", name): value for name, value in read_state_dict(path).items()}
+    except UserError:
+        raise UserError(str(refusal), about="init") from refusal
+    if weights.keys() & model.state_dict().keys():
+        return "a state dict, without settings", weights, len(weights.get("head.bias", ())) == model.head.out_features
+    if not isinstance(model, ReSpike):
+        raise UserError(str(refusal), about="init") from refusal
+    same_classes = len(weights.get("fc.bias", ())) == model.head.out_features
+    if not same_classes:
+        weights |= {f"fc.{name}": value for name, value in model.head.state_dict().items()}
+    try:
+        return "weights of the published code", rename_published_state_dict(weights, model), same_classes
     except UserError as error:
         raise UserError(f"{path}: {error}; weights of a ResNet alone go to --weights", about="init") from error

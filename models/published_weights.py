@@ -44,8 +44,8 @@ def published_names(model: nn.Module) -> dict[str, str]:
 
 
 def rename_published_state_dict(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """A published state dict under this project's names, checked against `model`'s own. If `model` keeps the running
-    statistics of each time step, the published ones are taken for every step.
+    """A published state dict under this project's names, checked against `model`'s own. Its running statistics are of
+    all time steps, whatever `model` keeps: `models.batch_norm.fit_running` fits them.
 
     Raises UserError naming, as published, what is missing, unknown or of another shape.
     """
@@ -61,10 +61,11 @@ def rename_published_state_dict(state_dict: dict[str, Tensor], model: nn.Module)
         if _POINTWISE.match(name) and value.dim() == 4:
             value = value.flatten(1)
         renamed[name] = value
-    fit_running(renamed, own)
+    fitted = dict(renamed)
+    fit_running(fitted, own)
     misshapen = [
-        f"{published} is {list(renamed[name].shape)} where {list(own[name].shape)} is wanted"
-        for published, name in own_names.items() if name in renamed and renamed[name].shape != own[name].shape
+        f"{published} is {list(fitted[name].shape)} where {list(own[name].shape)} is wanted"
+        for published, name in own_names.items() if name in fitted and fitted[name].shape != own[name].shape
     ]  # fmt: skip
     missing = [published for published, name in own_names.items() if name not in renamed]
     problems = [

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from models.attention import CrossAttentionFusion, LeanFusion
-from models.batch_norm import BATCH_NORMS, StepBatchNorm2d
+from models.batch_norm import BATCH_NORMS, StepBatchNorm2d, fit_running
 from models.film import FilmFusion
 from models.kernels.parameters import LIFParameters
 from models.network import Network
@@ -199,4 +199,6 @@ class ReSpike(Network):
         Both published variants save the same names; `fusion1` is unused, and not loaded, without
         downsample. Raises UserError with the first key that is missing, unknown or misshapen.
         """
-        self.load_state_dict(rename_published_state_dict(state_dict, self))
+        weights = rename_published_state_dict(state_dict, self)
+        fit_running(weights, self.state_dict())
+        self.load_state_dict(weights)

@@ -12,7 +12,9 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 from dataset.demo import DemoSettings, generate_demo
+from tests.helpers.prediction import export_random_network
 from tests.helpers.script import small_run
+from utils.trained import TrainedNetwork
 
 # Real HMDB-51, UCF-101, Kinetics and awkward files with `frames.json`, and the official split files.
 SHARED = Path(os.environ.get("RESPIKE_SHARED", Path(__file__).parents[2] / "shared"))
@@ -57,6 +59,18 @@ def tiny_lists(tiny_demo) -> dict:
     """Flags of train_kinetics.py: the same videos as lists."""
     folder = tiny_demo[0].parent
     return {"--dset": "list", "--train-list": folder / "train.txt", "--val-list": folder / "val.txt"}
+
+
+@pytest.fixture(scope="session")
+def tiny_videos(tiny_demo) -> list[Path]:
+    """Four of its videos."""
+    return sorted(tiny_demo[0].rglob("test*.avi"))[:4]
+
+
+@pytest.fixture(scope="session")
+def random_network(tmp_path_factory) -> TrainedNetwork:
+    """A network that predict.py takes."""
+    return export_random_network(tmp_path_factory.mktemp("random_network") / "network.safetensors")
 
 
 @pytest.fixture

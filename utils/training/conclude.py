@@ -5,10 +5,13 @@ import math
 
 from dataset.device_loader import DeviceLoader
 from utils.checkpoint import load_checkpoint
-from utils.energy import SpikeMeter, count_operations, energy_report, own_neurons, spike_statistics
+from utils.energy.operations import count_operations
+from utils.energy.report import energy_report
+from utils.energy.spikes import SpikeMeter, own_neurons, spike_statistics
 from utils.errors import OtherProcessError, UserError
 from utils.figures import as_image
-from utils.plots import firing_rate_figure, fusion_figure, record
+from utils.pictures.network import firing_rate_figure, fusion_figure
+from utils.pictures.recording import record
 from utils.run_folder import RunFolder
 from utils.signals import StopRequest
 from utils.training.engine import evaluate

@@ -22,7 +22,7 @@ from utils.checkpoint import (
 from utils.cuda_graphs import GraphedNetwork
 from utils.device import peak_memory_bytes, random_state, set_random_state
 from utils.errors import OtherProcessError, UserError
-from utils.plots import key_residual_picture
+from utils.pictures.network import key_residual_picture
 from utils.run_folder import RunFolder
 from utils.runtime import Runtime
 from utils.signals import StopRequest

@@ -1,4 +1,4 @@
-"""What a test shows beside its accuracy: confusion of classes, accuracy of each, the predictions themselves."""
+"""What a test shows beside its accuracy: confusion and accuracy of classes, calibration, the predictions themselves."""
 
 import csv
 from collections.abc import Iterable, Sequence
@@ -19,6 +19,23 @@ def per_class(matrix: Tensor, classes: Sequence[str]) -> dict[str, dict]:
     """From the confusion: {class: {"videos", "top1" in percent}} for each class that has videos."""
     rows = zip(classes, matrix.sum(1).tolist(), matrix.diagonal().tolist(), strict=True)
     return {name: {"videos": videos, "top1": 100 * hits / videos} for name, videos, hits in rows if videos}
+
+
+def calibration(confidence: Tensor, correct: Tensor, bins: int = 15) -> tuple[Tensor, float]:
+    """Predictions by their confidence, and the expected calibration error in percent (Guo et al., arXiv 1706.04599).
+
+    confidence [n]: the largest probability of each prediction. correct [n]: whether it is right. Returns float64
+    [bins, 3] (share of the predictions, their mean confidence, their accuracy; NaN in an empty bin), and the sum of
+    share x |confidence - accuracy|.
+    """
+    confidence, correct = confidence.double(), correct.double()
+    # Bins as in the paper: the upper edge belongs to a bin.
+    number = (confidence * bins).ceil().long().clamp(1, bins) - 1
+    ones, sums = torch.ones_like(confidence), torch.zeros(bins, 3, dtype=torch.float64)
+    sums.index_add_(0, number, torch.stack([ones, confidence, correct], dim=1))
+    table = torch.cat([sums[:, :1] / len(confidence), sums[:, 1:] / sums[:, :1]], dim=1)
+    error = (table[:, 0] * (table[:, 1] - table[:, 2]).abs()).nansum()
+    return table, 100 * float(error)
 
 
 def write_predictions(
