@@ -30,11 +30,17 @@ from dataset.transforms import CROP_POSITIONS
 from models import Network, network_of
 from models.neurons import BACKENDS, runs_on_triton
 from utils.device import choose_algorithms, choose_precision
-from utils.energy.memory import count_memory
-from utils.energy.operations import count_operations
-from utils.energy.report import Constants, baselines, energy_report
-from utils.energy.spikes import SpikeMeter, own_neurons, spike_statistics
-from utils.energy.table import format_report
+from utils.energy import (
+    Constants,
+    SpikeMeter,
+    baselines,
+    count_memory,
+    count_operations,
+    energy_report,
+    format_report,
+    own_neurons,
+    spike_statistics,
+)
 from utils.errors import ArgumentParser, UserError
 from utils.figures import save_figure
 from utils.files import write_atomically, writing

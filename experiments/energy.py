@@ -15,10 +15,8 @@ from pathlib import Path
 import torch
 
 from models import ReSpike
-from utils.energy.memory import count_memory
-from utils.energy.operations import count_operations
-from utils.energy.report import NOTE, baselines, energy_report
-from utils.energy.spikes import assumed_spikes
+from utils.energy import assumed_spikes, baselines, count_memory, count_operations, energy_report
+from utils.energy.report import NOTE
 from utils.errors import ArgumentParser, UserError
 
 CLIP_FRAMES, SIZE, CLASSES = 16, 224, 51

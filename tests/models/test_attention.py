@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from models import ReSpike
 from models.attention import CrossAttentionFusion, GroupNorm, LayerNorm, LeanFusion, _bilinear_matrix, upsample_tokens
 from tests.helpers.fake_gpu import backward, fake_gpu
-from utils.energy.operations import count_operations
+from utils.energy import count_operations
 
 
 @pytest.mark.parametrize("height, width, factor", [(14, 14, 4), (3, 5, 2), (1, 2, 4)])

@@ -9,8 +9,7 @@ from dataset.residual import every_frame_a_key
 from models import FramesResNet, ReSpike, VideoResNet, load_network
 from models.baselines import VIDEO_BACKBONES
 from models.resnet import load_weights
-from utils.energy.operations import count_operations
-from utils.energy.report import baselines
+from utils.energy import baselines, count_operations
 from utils.errors import UserError
 from utils.trained import TrainedNetwork, export
 

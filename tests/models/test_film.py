@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from dataset.residual import key_residual_split
 from models import ReSpike
 from models.film import FilmFusion
-from utils.energy.operations import count_operations
+from utils.energy import count_operations
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -12,8 +12,7 @@ from models.neurons import LIF
 from models.spikingjelly_neurons import SpikingJellyNeuron, neuron_factory, spikingjelly_names
 from models.streaming import StreamState, start_segment
 from tests.helpers.spikingjelly import skip_without_spikingjelly
-from utils.energy.operations import count_operations
-from utils.energy.spikes import own_neurons
+from utils.energy import count_operations, own_neurons
 from utils.errors import UserError
 from utils.training.metrics import FiringRates, learned_by_neurons
 

@@ -11,7 +11,7 @@ import train_kinetics
 from models import FramesResNet, ReSpike, VideoResNet, load_network
 from tests.helpers.script import all_metrics, comparable, metrics, refused, run_here, run_main, same_weights
 from utils.checkpoint import load_checkpoint
-from utils.energy.operations import count_operations
+from utils.energy import count_operations
 from utils.errors import UserError
 
 COMMON = {"--weights": "none", "-T": 3, "--size": 32, "-b": 8, "-j": 0, "--seed": 3, "-lr": 0.01}

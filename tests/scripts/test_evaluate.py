@@ -24,7 +24,7 @@ from tests.helpers.script import (
     start_python,
     start_ranks,
 )
-from utils.energy.operations import count_operations
+from utils.energy import count_operations
 from utils.trained import load_trained
 
 COMMON = {

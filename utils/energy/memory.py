@@ -9,7 +9,7 @@ _WORD = 32  # bits of a value in float32
 
 
 def count_memory(model: nn.Module, clip_frames: int, size: int, spiking: bool = True) -> dict[str, int]:
-    """Bits read and written for one clip, by the rules of `utils.energy.report.Constants`: {"weights.dram",
+    """Bits read and written for one clip, by the rules of `utils.energy.Constants`: {"weights.dram",
     "weights.sram", "activations.sram", "spikes.sram", "membranes.sram"}.
 
     spiking: if False, a ReSpike with ReLU for its neurons.

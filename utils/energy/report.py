@@ -104,7 +104,7 @@ def energy_report(
         "total_mj_std": 1e-9 * constants.ac_pj * spikes["std"],
     }  # fmt: skip
     if memory is not None:
-        note = "estimate: see utils.energy.report.Constants"
+        note = "estimate: see utils.energy.Constants"
         report["memory"] = {"note": note, "bits": memory, "mj": constants.memory_mj(memory)}
     if others is not None:
         report["baselines"] = others

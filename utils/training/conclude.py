@@ -5,9 +5,7 @@ import math
 
 from dataset.device_loader import DeviceLoader
 from utils.checkpoint import load_checkpoint
-from utils.energy.operations import count_operations
-from utils.energy.report import energy_report
-from utils.energy.spikes import SpikeMeter, own_neurons, spike_statistics
+from utils.energy import SpikeMeter, count_operations, energy_report, own_neurons, spike_statistics
 from utils.errors import OtherProcessError, UserError
 from utils.figures import as_image
 from utils.pictures.network import firing_rate_figure, fusion_figure
