@@ -87,6 +87,17 @@ def flags(tiny_demo, tmp_path):
     return small_run(tiny_demo, tmp_path)
 
 
+@pytest.fixture
+def wide_programs(monkeypatch):
+    """Fewer and wider programs: Triton's interpreter takes as long for a narrow one. For whole networks; the tests of
+    the kernels have the programs that a GPU runs."""
+    from models.kernels import geglu, triton_batch_norm
+
+    if not torch.cuda.is_available():
+        monkeypatch.setattr(triton_batch_norm, "WARPS", 64)
+        monkeypatch.setattr(geglu, "_BLOCK", 2**15)
+
+
 @pytest.fixture(autouse=True)
 def fixed_seed():
     torch.manual_seed(0)

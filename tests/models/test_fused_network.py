@@ -30,6 +30,7 @@ def golden():
 
 
 # The interpreter takes half a minute for one.
+@pytest.mark.usefixtures("wide_programs")
 @pytest.mark.parametrize("backbone, variant, stride", CASES if DEVICE == "cuda" else [("resnet18", "full", 4)])
 def test_agrees_with_the_published_network(golden, backbone, variant, stride):
     want = f"{backbone}.{variant}.stride{stride}.T8."
@@ -116,6 +117,7 @@ def test_every_network_compiles_as_one_graph(monkeypatch, options):
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
+@pytest.mark.usefixtures("wide_programs")
 def test_spikes_are_written_in_the_type_that_convolutions_compute_in():
     """As the kernels write them: autocast would convert any other type before a convolution sees it."""
     model = small(lif_backend="triton")
@@ -131,6 +133,7 @@ def test_convolutions_are_the_same_every_time_here():
     assert not torch.backends.cudnn.allow_tf32 and torch.get_float32_matmul_precision() == "highest"
 
 
+@pytest.mark.usefixtures("wide_programs")
 @pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "auto"])
 def test_backends_agree_on_a_training_step(backend):
     skip_without_spikingjelly(backend)

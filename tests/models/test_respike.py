@@ -178,6 +178,7 @@ def test_a_new_neuron_is_a_class_and_an_entry(monkeypatch, backend):
     monkeypatch.setitem(NEURONS, "fires", Fires)
     parameters = LIFParameters(tau=2.0)
     model = ReSpike(num_classes=3, stride=2, neuron=parameters, neuron_type="fires", lif_backend=backend).eval()
+    model = model.to(memory_format=torch.channels_last)
     layers = [layer for stage in model.lif_layers().values() for layer in stage]
     assert [type(layer) for layer in layers] == 16 * [Fires]
     assert {layer.parameters_ for layer in layers} == {parameters} and {layer.backend for layer in layers} == {backend}

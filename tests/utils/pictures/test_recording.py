@@ -27,7 +27,7 @@ def clips(batch: int = 2, width: int = 32) -> tuple[torch.Tensor, torch.Tensor]:
     "settings", [{}, {"lif_backend": "triton"}, {"pack_spikes": True}, {"fusion": "lean"}, {"branches": "snn"}], ids=str
 )
 def test_spikes_are_those_that_firing_rates_count(settings):
-    model, (key, residual) = network(**settings), clips()
+    model, (key, residual) = network(**settings).to(memory_format=torch.channels_last), clips()
     with FiringRates(model) as rates:
         recording = record(model, key[:, :1], residual[:, :1])
     assert recording.firing_rates().shape == (16, 3)
