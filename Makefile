@@ -55,8 +55,8 @@ SLOW := scripts/test_survival scripts/test_train_fusion scripts/test_train_kinet
 	scripts/test_evaluate scripts/test_predict scripts/test_baselines scripts/test_main scripts/test_prepared \
 	models/kernels/test_batch_norm_kernels models/kernels/test_kernel_compilation models/test_fused_network \
 	models/kernels/test_lif_kernels models/test_resnet models/test_streaming models/test_initial_weights \
-	utils/test_energy utils/test_plots dataset/test_prepare dataset/test_decode experiments/test_sweep \
-	helpers/test_helpers
+	utils/test_energy utils/test_plots dataset/test_prepare dataset/test_convert dataset/test_manifest \
+	dataset/test_decode experiments/test_sweep helpers/test_helpers
 check: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile $(SLOW:%=--ignore=tests/%.py)
 

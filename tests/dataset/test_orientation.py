@@ -4,10 +4,10 @@ import av
 import numpy
 import pytest
 
+from dataset.convert import Settings, convert
 from dataset.decode import decode_frames, every_frame
 from dataset.index import VideoIndex, probe
 from dataset.orientation import Orientation
-from dataset.prepare import Settings, convert
 from tests.helpers.odd_videos import MATRICES, corners_of, four_corners, set_matrix
 
 
