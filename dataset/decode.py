@@ -7,6 +7,7 @@ are JPEGs, `dataset.jpeg_video`, which reads and decodes this frame alone.
 """
 
 import contextlib
+import itertools
 import os
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
@@ -170,13 +171,8 @@ def _seek(container, stream, point: SeekPoint) -> Iterator[av.VideoFrame]:
         if frame.pts is None or frame.pts > point.pts:
             break
         if frame.pts == point.pts:
-            return _chain(frame, frames)
+            return itertools.chain([frame], frames)
     raise SeekMissedError
-
-
-def _chain(first: av.VideoFrame, rest: Iterator[av.VideoFrame]) -> Iterator[av.VideoFrame]:
-    yield first
-    yield from rest
 
 
 class RGBConverter:

@@ -69,7 +69,7 @@ def _hmdb51_lists(annotation_path: str | Path, split: int) -> tuple[list[str], l
     annotation_path = existing_folder(annotation_path, "annotation_path", "the files <class>_test_split<n>.txt")
     suffix = f"_test_split{split}.txt"
     try:
-        names = [name for name in os.listdir(annotation_path) if name.endswith(suffix) and not _is_of_macos(name)]
+        names = [name for name in os.listdir(annotation_path) if name.endswith(suffix) and not is_of_macos(name)]
     except OSError as error:
         raise UserError(f"{annotation_path}: cannot be read ({error.strerror})", about="annotation_path") from error
     if not names:
@@ -239,7 +239,7 @@ class FilesBelow:
         files = self._folders[folder].names
         if files is None:
             return None
-        return [os.path.join(folder, file) for file in files if _has_video_suffix(file) and not _is_of_macos(file)]
+        return [os.path.join(folder, file) for file in files if _has_video_suffix(file) and not is_of_macos(file)]
 
 
 class _Folder:
@@ -279,7 +279,7 @@ def _has_video_suffix(name: str) -> bool:
     return os.path.splitext(name)[1].lower() in VIDEO_SUFFIXES
 
 
-def _is_of_macos(name: str) -> bool:
+def is_of_macos(name: str) -> bool:
     """Whether macOS has written the file beside another, for what the file system cannot hold."""
     return name.startswith("._")
 

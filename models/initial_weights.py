@@ -11,7 +11,7 @@ from models.published_weights import rename_published_state_dict
 from models.resnet import read_state_dict
 from models.respike import ReSpike
 from utils.errors import UserError
-from utils.trained import load_trained
+from utils.trained import TrainedNetwork, load_trained
 
 _SHAPING = {"backbone": "model", "branches": "branches", "fusion": "fusion", "downsample": "downsample"}  # -> flag
 _WRAPPERS = re.compile(r"^((module|_orig_mod)\.)+")  # before the names in a DistributedDataParallel, a compiled module
@@ -47,22 +47,7 @@ def initialise(model: Network, settings: dict, path: Path) -> str:
             weights, same_classes = _from_published(model, state_dict, path)
             fitted = settings.get("snn_batch_norm") == "through-time"
     else:
-        if trained.network != type(model).__name__:
-            raise UserError(
-                f"{path}: holds a {trained.network}, this run trains a {type(model).__name__}", about="init"
-            )
-        for name, flag in _SHAPING.items():
-            if trained.settings.get(name) != settings.get(name):
-                raise UserError(
-                    f"{path}: its --{flag} is {trained.settings.get(name)}, this run has {settings.get(name)}",
-                    about="init",
-                )
-        changed = [
-            f"{name} {trained.settings.get(name)} there, {settings[name]} here" for name in settings
-            if name not in ("classes", "num_classes") and trained.settings.get(name) != settings[name]
-        ]  # fmt: skip
-        about = "; ".join([f"trained for {trained.epochs} epochs", *changed])
-        weights, same_classes = dict(trained.weights), trained.classes == settings["classes"]
+        about, weights, same_classes = _from_run(trained, model, settings, path)
         fitted = fit_running(weights, model.state_dict())
     if not same_classes:
         weights |= {f"head.{name}": value for name, value in model.head.state_dict().items()}
@@ -79,6 +64,25 @@ def initialise(model: Network, settings: dict, path: Path) -> str:
         each = settings["snn_batch_norm"] == "through-time"
         notes += f"; SNN batch norm: {'every time step starts' if each else 'starts'} from statistics of all steps"
     return f"network: starts from {path} ({about}){notes}"
+
+
+def _from_run(
+    trained: TrainedNetwork, model: Network, settings: dict, path: Path
+) -> tuple[str, dict[str, Tensor], bool]:  # fmt: skip
+    """(what to report of it, its weights, whether its classes are the same). Raises UserError for another network."""
+    if trained.network != type(model).__name__:
+        raise UserError(f"{path}: holds a {trained.network}, this run trains a {type(model).__name__}", about="init")
+    for name, flag in _SHAPING.items():
+        if trained.settings.get(name) != settings.get(name):
+            raise UserError(
+                f"{path}: its --{flag} is {trained.settings.get(name)}, this run has {settings.get(name)}", about="init"
+            )
+    changed = [
+        f"{name} {trained.settings.get(name)} there, {settings[name]} here" for name in settings
+        if name not in ("classes", "num_classes") and trained.settings.get(name) != settings[name]
+    ]  # fmt: skip
+    about = "; ".join([f"trained for {trained.epochs} epochs", *changed])
+    return about, dict(trained.weights), trained.classes == settings["classes"]
 
 
 def _from_published(model: ReSpike, state_dict: dict[str, Tensor], path: Path) -> tuple[dict[str, Tensor], bool]:
