@@ -109,13 +109,10 @@ def convert(source: str, target: Path, settings: Settings) -> Outcome:
             raise OSError(errno.EIO, f"{partial} was written and cannot be read back")
         size = partial.stat().st_size
         os.replace(partial, target)
-    except VideoError as error:
+    except BaseException as error:
         partial.unlink(missing_ok=True)
-        if str(partial) in str(error):
+        if isinstance(error, VideoError) and str(partial) in str(error):  # not the source's fault
             raise OSError(errno.EIO, str(error)) from error
-        raise
-    except BaseException:
-        partial.unlink(missing_ok=True)
         raise
     return Outcome(frames, size)
 

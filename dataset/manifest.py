@@ -34,16 +34,16 @@ class Manifest:
         wanted = {"format": _FORMAT, **asdict(settings)}
         names = os.listdir(folder)  # before the manifest is read: another shard may write it just now
         earlier = self._read()
-        if earlier is None and any(name not in (MANIFEST, SHARDS) and not _is_partial(name) for name in names):
+        if not earlier and any(name not in (MANIFEST, SHARDS) and not _is_partial(name) for name in names):
             raise UserError(f"--out {folder}: holds other files and no {MANIFEST}; name a new or an empty folder")
-        for name, value in (earlier or {}).get("settings", {}).items():
+        for name, value in earlier.get("settings", {}).items():
             if wanted.get(name) != value:
                 raise UserError(
                     f"--out {folder}: was prepared with {name.replace('_', ' ')} {value}, not {wanted.get(name)}; "
                     "give the same setting, or another folder"
                 )
-        self.files: dict[str, list[int]] = (earlier or {}).get("files", {})  # path below: [bytes, frames]
-        sources = (earlier or {}).get("sources", [])
+        self.files: dict[str, list[int]] = earlier.get("files", {})  # path below: [bytes, frames]
+        sources = earlier.get("sources", [])
         self._content = {
             "settings": wanted,
             "sources": sources if source in sources else [*sources, source],
@@ -54,17 +54,18 @@ class Manifest:
                 "libavcodec": ".".join(map(str, av.library_versions["libavcodec"])),
             },
         }
-        if shard is None or earlier is None or earlier.get("listed") != listed:
+        if shard is None or earlier.get("listed") != listed:
             self.write(complete=False)
 
-    def _read(self) -> dict | None:
+    def _read(self) -> dict:
+        """Empty if there is none."""
         try:
             content = json.loads(self._path.read_bytes())
             if not all(isinstance(content[key], kind) for key, kind in (("settings", dict), ("files", dict))):
                 raise ValueError
             return content
         except FileNotFoundError:
-            return None
+            return {}
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{self._path}: is not a manifest of prepared files; name another folder") from error
 

@@ -124,7 +124,7 @@ MUTATIONS = [
     (OPERATORS, "return None if v is None else laid_out_as(v, x[0], membrane_dtype(x.dtype))", "return v"),
     (OPERATORS, "None if residual is None else laid_out_as(residual, x)", "residual"),
     (OPERATORS, "torch.empty_like(x) if fire else", "torch.empty_like(x, dtype=torch.float32) if fire else"),
-    (OPERATORS, "return torch.empty_like(current), v_end", "return torch.empty_like(current).float(), v_end"),
+    (OPERATORS, "return torch.empty_like(current), v\n", "return torch.empty_like(current).float(), v\n"),
     (OPERATOR, "torch.autograd.graph.increment_version(", "list("),
     (OPERATOR, "(twice if torch.is_grad_enabled() else gradient)", "gradient"),
     (OPERATOR, "torch._C._len_torch_dispatch_stack() > 0", "False"),
