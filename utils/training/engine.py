@@ -99,7 +99,12 @@ def train_step(
     scores: ClipScores,
     losses: LossWatch,
 ) -> None:
-    """One optimizer step of `train_one_epoch`. `scores` and `losses` take what its batches give."""
+    """One optimizer step of `train_one_epoch`.
+
+    step: with one batch at least.
+    scores, losses: take what its batches give.
+    The others are as for `train_one_epoch`.
+    """
     for left, batch in zip(range(step.count - 1, -1, -1), step.batches, strict=True):
         with runtime.no_backward_sync(network, enabled=left > 0):
             with runtime.autocast():
