@@ -57,7 +57,8 @@ SLOW := scripts/test_survival scripts/test_train_fusion scripts/test_train_kinet
 	models/kernels/test_lif_kernels models/test_resnet models/test_streaming models/test_initial_weights \
 	$(addprefix utils/energy/,test_calls test_memory test_operations test_report test_spikes) \
 	$(addprefix utils/prediction/,test_annotated test_frames test_stream) utils/pictures/test_recording utils/test_plots \
-	dataset/test_prepare dataset/test_decode experiments/test_sweep helpers/test_helpers
+	dataset/test_prepare dataset/test_convert dataset/test_manifest \
+	dataset/test_decode experiments/test_sweep helpers/test_helpers
 check: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile $(SLOW:%=--ignore=tests/%.py)
 

@@ -47,7 +47,7 @@ from utils.runtime import Runtime
 from utils.script import run_script
 from utils.training.conclude import conclude, score
 from utils.training.engine import TrainPosition
-from utils.training.fit import TrainingState, cosine_with_warmup, fit
+from utils.training.fit import Training, TrainingState, cosine_with_warmup
 from utils.training.flags import add_shared_flags, begin_run, check_epoch, default_run_dir, neuron_parameters, parse
 
 # ---- hyper-parameters: edit them here, or give the flag of the same name. --help explains each. -------
@@ -171,7 +171,7 @@ def main() -> int:
         return 0
     runtime.from_main(run.write_config, vars(args), network=state.settings, **runtime.described())
 
-    finished = fit(
+    training = Training(
         state, data.train_loader, data.eval_loader, nn.CrossEntropyLoss(label_smoothing=args.label_smoothing), run,
         epochs=args.epochs, evaluated_on=data.evaluated_on,
         schedule=lambda epoch: cosine_with_warmup(epoch, args.epochs, args.warmup_epochs),
@@ -179,7 +179,7 @@ def main() -> int:
         checkpoint_minutes=args.checkpoint_minutes, keep=args.keep, log_every=args.log_every,
         precise_bn=args.precise_bn, cuda_graphs=args.cuda_graphs,
     )  # fmt: skip
-    if finished:
+    if training.fit():
         conclude(
             state, data.eval_loader, data.test_loader, run, evaluated_on=data.evaluated_on, protocol=data.protocol,
             counts_energy=args.energy,

@@ -37,7 +37,7 @@ from utils.runtime import Runtime
 from utils.script import run_script
 from utils.training.conclude import conclude, score
 from utils.training.engine import TrainPosition
-from utils.training.fit import TrainingState, cosine_with_warmup, fit
+from utils.training.fit import Training, TrainingState, cosine_with_warmup
 from utils.training.flags import (
     add_shared_flags,
     begin_run,
@@ -167,7 +167,7 @@ def main() -> int:
         return 0
     runtime.from_main(run.write_config, vars(args), network=state.settings, **runtime.described())
 
-    finished = fit(
+    training = Training(
         state, data.train_loader, data.eval_loader, nn.CrossEntropyLoss(label_smoothing=args.label_smoothing), run,
         epochs=args.epochs, evaluated_on="val",
         schedule=lambda epoch: cosine_with_warmup(epoch, args.epochs, args.warmup_epochs),
@@ -175,7 +175,7 @@ def main() -> int:
         checkpoint_minutes=args.checkpoint_minutes, keep=args.keep, log_every=args.log_every,
         precise_bn=args.precise_bn, cuda_graphs=args.cuda_graphs,
     )  # fmt: skip
-    if finished:
+    if training.fit():
         conclude(
             state, data.eval_loader, data.test_loader, run, evaluated_on="val", protocol=data.protocol,
             counts_energy=args.energy,

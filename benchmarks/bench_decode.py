@@ -23,9 +23,9 @@ from pathlib import Path
 
 import numpy
 
+from dataset.convert import Settings, convert
 from dataset.decode import VideoError, decode_frames
 from dataset.index import probe
-from dataset.prepare import Settings, convert
 from dataset.splits import VIDEO_SUFFIXES
 
 CLIP_FRAMES = 16

@@ -27,10 +27,10 @@ import torch
 import dataset.video
 from dataset.batch_sampler import TrainBatchSampler
 from dataset.clips import VideoTable, random_clips
+from dataset.convert import Settings, convert, scaled_down
 from dataset.decode import decode_frames
 from dataset.frame_sampling import SegmentSampling, WindowSampling
 from dataset.index import probe
-from dataset.prepare import Settings, convert, scaled_down
 from dataset.splits import VIDEO_SUFFIXES, VideoRecord
 from dataset.transforms import multi_scale_crop
 from dataset.video import VideoDataset, collate, make_loader

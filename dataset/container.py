@@ -1,7 +1,9 @@
 """Opening a local video file with FFmpeg, and nothing that such a file may name."""
 
+import contextlib
 import os
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 
 import av
@@ -50,6 +52,17 @@ def video_stream(container: av.container.InputContainer, path: str | os.PathLike
             stream.codec_context.thread_count = 1
             return stream
     raise VideoError(f"{path}: holds no video stream")
+
+
+@contextlib.contextmanager
+def decoding(path: str | os.PathLike) -> Iterator[None]:
+    """What FFmpeg, the system or memory cannot do inside becomes a VideoError about the file."""
+    try:
+        yield
+    except VideoError:
+        raise
+    except (av.error.FFmpegError, OSError, ValueError, MemoryError) as error:
+        raise VideoError(f"{path}: cannot be decoded ({reason(error)})") from error
 
 
 def reason(error: Exception) -> str:

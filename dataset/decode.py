@@ -6,6 +6,8 @@ to a frame: FFmpeg's decoder, which decodes every frame before it from a keyfram
 are JPEGs, `dataset.jpeg_video`, which reads and decodes this frame alone.
 """
 
+import contextlib
+import itertools
 import os
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
@@ -15,7 +17,7 @@ import av
 import numpy
 from av.video.reformatter import VideoReformatter
 
-from dataset.container import VideoError, open_video, reason, video_stream
+from dataset.container import VideoError, decoding, open_video, video_stream
 from dataset.jpeg_video import JPEGVideo
 from dataset.orientation import Orientation, orientation_of
 
@@ -51,15 +53,11 @@ def decode_frames(
         raise ValueError("decode_frames: no indices given")
     if min(indices) < 0:
         raise ValueError(f"decode_frames: indices count from 0, got {min(indices)}")
-    try:
+    with decoding(path):
         try:
             return _clip(wanted_frames(path, sorted(set(indices)), sorted(seek_points)), indices)
         except SeekMissedError:  # the file is not the one that was indexed, or its demuxer is not exact
             return _clip(wanted_frames(path, sorted(set(indices)), ()), indices)
-    except VideoError:
-        raise
-    except (av.error.FFmpegError, OSError, ValueError, MemoryError) as error:
-        raise VideoError(f"{path}: cannot be decoded ({reason(error)})") from error
 
 
 def _clip(frames: Iterator[tuple[int, numpy.ndarray]], indices: list[int]) -> numpy.ndarray:
@@ -85,22 +83,24 @@ def every_frame(path: str | os.PathLike) -> Iterator[numpy.ndarray]:
 
 def timed_frames(path: str | os.PathLike) -> Iterator[TimedFrame]:
     """Each frame of `every_frame` with its timestamp."""
-    try:
-        with open_video(path) as container:
-            stream = video_stream(container, path)
-            jpegs = JPEGVideo.open(path, container, stream)
-            if jpegs is not None:
-                with jpegs:
-                    for index, ticks in enumerate(jpegs.timestamps):
-                        yield ticks * stream.time_base, jpegs.frame(index)
-                return
-            to_rgb = RGBConverter()
-            for frame in decoded(container, stream):
-                yield None if frame.pts is None else frame.pts * frame.time_base, to_rgb(frame)
-    except VideoError:
-        raise
-    except (av.error.FFmpegError, OSError, ValueError, MemoryError) as error:
-        raise VideoError(f"{path}: cannot be decoded ({reason(error)})") from error
+    with decoding(path), opened(path) as (container, stream, jpegs):
+        if jpegs is not None:
+            for index, ticks in enumerate(jpegs.timestamps):
+                yield ticks * stream.time_base, jpegs.frame(index)
+            return
+        to_rgb = RGBConverter()
+        for frame in decoded(container, stream):
+            yield None if frame.pts is None else frame.pts * frame.time_base, to_rgb(frame)
+
+
+@contextlib.contextmanager
+def opened(path: str | os.PathLike) -> Iterator[tuple]:
+    """(container, video stream, the frames as a JPEGVideo or None) of a file; closed in the end."""
+    with open_video(path) as container:
+        stream = video_stream(container, path)
+        jpegs = JPEGVideo.open(path, container, stream)
+        with contextlib.nullcontext() if jpegs is None else jpegs:
+            yield container, stream, jpegs
 
 
 def decoded(container: av.container.InputContainer, stream, on_damage=lambda: None) -> Iterator[av.VideoFrame]:
@@ -126,14 +126,11 @@ def wanted_frames(
     path: str | os.PathLike, wanted: list[int], seek_points: Sequence[SeekPoint]
 ) -> Iterator[tuple[int, numpy.ndarray]]:
     """(index, frame) of each of the sorted indices, as for `decode_frames`. Raises SeekMissedError."""
-    with open_video(path) as container:
-        stream = video_stream(container, path)
-        jpegs = JPEGVideo.open(path, container, stream)
+    with opened(path) as (container, stream, jpegs):
         if jpegs is not None:
-            with jpegs:
-                if wanted[-1] >= len(jpegs):
-                    raise _too_few(path, wanted[-1], len(jpegs))
-                yield from ((index, jpegs.frame(index)) for index in wanted)
+            if wanted[-1] >= len(jpegs):
+                raise _too_few(path, wanted[-1], len(jpegs))
+            yield from ((index, jpegs.frame(index)) for index in wanted)
             return
         to_rgb = RGBConverter()
         frames = decoded(container, stream)
@@ -174,13 +171,8 @@ def _seek(container, stream, point: SeekPoint) -> Iterator[av.VideoFrame]:
         if frame.pts is None or frame.pts > point.pts:
             break
         if frame.pts == point.pts:
-            return _chain(frame, frames)
+            return itertools.chain([frame], frames)
     raise SeekMissedError
-
-
-def _chain(first: av.VideoFrame, rest: Iterator[av.VideoFrame]) -> Iterator[av.VideoFrame]:
-    yield first
-    yield from rest
 
 
 class RGBConverter:

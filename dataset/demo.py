@@ -44,6 +44,7 @@ _MOTIONS = {
     "grow": (0, 0, 0, 1), "shrink": (0, 0, 0, -1),
 }  # fmt: skip
 CLASSES = tuple(_MOTIONS)
+_FRAMES_A_SECOND = 30
 _PARTS = {"train": 1, "test": 2}  # the numbers in HMDB-51's split files
 _TINTS = {"red": (1.6, 0.7, 0.7), "green": (0.7, 1.6, 0.7), "blue": (0.7, 0.7, 1.6)}
 COLOUR_ORDERS = tuple("_".join(order) for order in itertools.permutations(_TINTS))
@@ -150,12 +151,12 @@ def _write_task(task: tuple) -> None:
     write_video(path, frames, lossless=kind.lossless)
 
 
-def write_video(path: Path, frames: numpy.ndarray, fps: int = 30, lossless: bool = False) -> None:
+def write_video(path: Path, frames: numpy.ndarray, lossless: bool = False) -> None:
     """uint8 RGB [T, H, W, 3] to an .avi: MPEG-4 at a bit rate that leaves no trace of the motion in a frame, or FFV1,
     which gives every pixel back as it was."""
     codec, pixels = ("ffv1", "bgr0") if lossless else ("mpeg4", "yuv420p")
     with av.open(str(path), "w", format="avi") as container:
-        stream = container.add_stream(codec, rate=Fraction(fps))
+        stream = container.add_stream(codec, rate=Fraction(_FRAMES_A_SECOND))
         stream.width, stream.height, stream.pix_fmt = frames.shape[2], frames.shape[1], pixels
         stream.codec_context.gop_size = 12
         stream.codec_context.bit_rate = 8_000_000

@@ -8,10 +8,8 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from dataset.splits import VIDEO_SUFFIXES
+from dataset.splits import VIDEO_SUFFIXES, is_of_macos
 from utils.errors import UserError
-
-_COPIED_BY_A_MAC = "._"  # begins the name of a file of attributes, which lies beside the file of the rest of the name
 
 
 def find_videos(named: Iterable[str], list_file: str | None = None) -> Iterator[str | UserError]:
@@ -86,7 +84,7 @@ def _below(folder: str) -> Iterator[str | UserError]:
                 continue
             if stat.S_ISDIR(mode):
                 (links if os.path.islink(entry) else folders).append(entry)
-            elif stat.S_ISREG(mode) and not name.startswith(_COPIED_BY_A_MAC):
+            elif stat.S_ISREG(mode) and not is_of_macos(name):
                 yield entry
 
 

@@ -23,8 +23,8 @@ from typing import NamedTuple
 import av
 import numpy
 
-from dataset.container import VideoError, open_video, reason, video_stream
-from dataset.decode import RGBConverter, SeekMissedError, SeekPoint, decoded, wanted_frames
+from dataset.container import VideoError, decoding
+from dataset.decode import RGBConverter, SeekMissedError, SeekPoint, decoded, opened, wanted_frames
 from dataset.jpeg_video import JPEGVideo
 from dataset.packets import FRAMES_BETWEEN_SEEK_POINTS, count_packets
 from dataset.pool import map_in_processes
@@ -63,13 +63,10 @@ def probe(path: str | os.PathLike) -> VideoInfo:
         nonlocal damaged
         damaged += 1
 
-    try:
-        with open_video(path) as container:
-            stream = video_stream(container, path)
-            jpegs = JPEGVideo.open(path, container, stream)
+    with decoding(path):
+        with opened(path) as (container, stream, jpegs):
             if jpegs is not None:
-                with jpegs:
-                    return _of_jpegs(jpegs, float(stream.average_rate or 0))
+                return _of_jpegs(jpegs, float(stream.average_rate or 0))
             to_rgb, formats = RGBConverter(), set()
             candidates, checksums = [], {}
             frames, latest, seekable = 0, None, True
@@ -92,10 +89,6 @@ def probe(path: str | os.PathLike) -> VideoInfo:
             fps = float(stream.average_rate or 0)
         seekable = seekable and not damaged
         seek_points = tuple(p for p in candidates if _seek_is_exact(path, p, checksums)) if seekable else ()
-    except VideoError:
-        raise
-    except (av.error.FFmpegError, OSError, ValueError, MemoryError) as error:
-        raise VideoError(f"{path}: cannot be decoded ({reason(error)})") from error
     if not frames:
         raise VideoError(f"{path}: holds no decodable frame")
     return VideoInfo(frames, width, height, fps, damaged, seek_points)

@@ -13,10 +13,6 @@ class Orientation(NamedTuple):
     mirrored: bool = False  # left to right
     upside_down: bool = False  # top to bottom
 
-    def size(self, width: int, height: int) -> tuple[int, int]:
-        """(width, height) of the upright picture. The same function leads back."""
-        return (height, width) if self.transposed else (width, height)
-
     def upright(self, picture: numpy.ndarray) -> numpy.ndarray:
         """A view of the picture [H, W, 3], upright."""
         if self.transposed:

@@ -9,8 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from utils.errors import UserError
-from utils.files import write_atomically
+from utils.files import write_atomically, writing
 
 SHARDS = ".shards"  # folder in a prepared one: what became of the videos of each shard
 _MOST_SHARDS = 10_000
@@ -65,12 +64,10 @@ class ShardResults:
 
     def end(self, results: dict) -> None:
         """The shard is done. results: name -> anything that JSON can hold."""
-        try:
+        with writing(self.own_folder):
             self.own_folder.mkdir(parents=True, exist_ok=True)
             content = {"listed": self._listed, "results": results}
             write_atomically(self.own_folder / "done.json", json.dumps(content).encode())
-        except OSError as error:
-            raise UserError(f"{self.own_folder}: cannot be written ({error.strerror})") from error
 
     def collect(self) -> tuple[dict, list[int]]:
         """(name -> result of all shards that are done, the numbers of the others)."""

@@ -62,16 +62,14 @@ def read_hmdb51(data_root: str | Path, annotation_path: str | Path, split: int) 
     A listed video that is on disk with another extension only (as `dataset.prepare` writes it) is that file.
     Raises UserError naming the file or folder that is missing, empty or malformed.
     """
-    data_root = existing_folder(data_root, "data_root", "the class folders with the videos")
-    classes, listed = _hmdb51_lists(annotation_path, split)
-    return _match(data_root, classes, listed, f"split {split} in {annotation_path}", _hmdb51_group)
+    return _read(data_root, annotation_path, split, _hmdb51_lists, _hmdb51_group)
 
 
 def _hmdb51_lists(annotation_path: str | Path, split: int) -> tuple[list[str], list[_Listed]]:
     annotation_path = existing_folder(annotation_path, "annotation_path", "the files <class>_test_split<n>.txt")
     suffix = f"_test_split{split}.txt"
     try:
-        names = [name for name in os.listdir(annotation_path) if name.endswith(suffix) and not _is_of_macos(name)]
+        names = [name for name in os.listdir(annotation_path) if name.endswith(suffix) and not is_of_macos(name)]
     except OSError as error:
         raise UserError(f"{annotation_path}: cannot be read ({error.strerror})", about="annotation_path") from error
     if not names:
@@ -101,9 +99,7 @@ def read_ucf101(data_root: str | Path, annotation_path: str | Path, split: int) 
     A listed video that is on disk with another extension only (as `dataset.prepare` writes it) is that file.
     Raises UserError naming the file or folder that is missing, empty or malformed.
     """
-    data_root = existing_folder(data_root, "data_root", "the class folders with the videos")
-    classes, listed = _ucf101_lists(annotation_path, split)
-    return _match(data_root, classes, listed, f"split {split} in {annotation_path}", _ucf101_group)
+    return _read(data_root, annotation_path, split, _ucf101_lists, _ucf101_group)
 
 
 def _ucf101_lists(annotation_path: str | Path, split: int) -> tuple[list[str], list[_Listed]]:
@@ -243,7 +239,7 @@ class FilesBelow:
         files = self._folders[folder].names
         if files is None:
             return None
-        return [os.path.join(folder, file) for file in files if _has_video_suffix(file) and not _is_of_macos(file)]
+        return [os.path.join(folder, file) for file in files if _has_video_suffix(file) and not is_of_macos(file)]
 
 
 class _Folder:
@@ -283,7 +279,7 @@ def _has_video_suffix(name: str) -> bool:
     return os.path.splitext(name)[1].lower() in VIDEO_SUFFIXES
 
 
-def _is_of_macos(name: str) -> bool:
+def is_of_macos(name: str) -> bool:
     """Whether macOS has written the file beside another, for what the file system cannot hold."""
     return name.startswith("._")
 
@@ -323,8 +319,11 @@ def note_repeats(what: str, listed: Iterable[tuple[str, int]]) -> None:
             print(f"note: {what} lists {len(paths)} videos {meaning}, and each line counts; the first: {paths[0]}")
 
 
-def _match(data_root: Path, classes: list[str], listed: list[_Listed], what: str, group) -> Split:
-    """Hold the lists against the disk."""
+def _read(data_root: str | Path, annotation_path: str | Path, split: int, read_lists, group) -> Split:
+    """Hold the lists, which `read_lists` reads, against the disk. group: name -> source of the video."""
+    data_root = existing_folder(data_root, "data_root", "the class folders with the videos")
+    classes, listed = read_lists(annotation_path, split)
+    what = f"split {split} in {annotation_path}"
     if not listed:
         raise UserError(f"{what}: the lists name no video")
     on_disk = FilesBelow(data_root)

@@ -24,9 +24,9 @@ def resized_crop(size: int, flip: bool, crop_area: tuple[float, float] = PUBLISH
     return _with_flip(v2.RandomResizedCrop(size, scale=crop_area, antialias=True), flip)
 
 
-def multi_scale_crop(size: int, flip: bool, scales: tuple[float, ...] = PUBLISHED_SCALES) -> v2.Transform:
+def multi_scale_crop(size: int, flip: bool) -> v2.Transform:
     """MultiScaleCrop to `size` pixels; a horizontal flip half the time where `flip`."""
-    return _with_flip(MultiScaleCrop(size, scales), flip)
+    return _with_flip(MultiScaleCrop(size), flip)
 
 
 def _with_flip(crop: nn.Module, flip: bool) -> v2.Transform:

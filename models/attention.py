@@ -50,10 +50,11 @@ class Attention(nn.Module):
 class GEGLU(nn.Module):
     """Gated feed-forward layer, four times as wide inside (arXiv 2002.05202): [..., C] -> [..., C]."""
 
-    def __init__(self, channels: int, expansion: int = 4):
+    def __init__(self, channels: int):
         super().__init__()
-        self.proj_in = nn.Linear(channels, 2 * expansion * channels)
-        self.proj_out = nn.Linear(expansion * channels, channels)
+        hidden = 4 * channels
+        self.proj_in = nn.Linear(channels, 2 * hidden)
+        self.proj_out = nn.Linear(hidden, channels)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.proj_out(geglu(self.proj_in(x)))

@@ -56,24 +56,32 @@ class SpikingBlock(nn.Module):
             self.shortcut_conv = None
 
     def forward(
-        self, x: Tensor, spikes: Tensor | None = None, next_neuron: LIF | None = None
+        self,
+        x: Tensor,
+        spikes: Tensor | None = None,
+        next_neuron: LIF | None = None,
+        neurons: tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]] | None = None,
+        first_step: int = 0,
     ) -> tuple[Tensor, Tensor | None]:
         """(input of the next block, spikes of `next_neuron` for it).
 
         x: [S, N, C_in, H, W]. With `spikes` it may come averaged over 2x2 pixels, if the shape changes here.
         spikes: those of lif1 for x, if the batch norm that made x has fired them already; None: lif1 runs here.
         next_neuron: the neurons that take the result. The last batch norm then fires them in the same pass.
+        neurons: what fires for lif1 and lif2: the same neurons from another state than zero. None: they themselves.
+        first_step: number of the first of the S steps, as for batch norm.
         """
+        lif1, lif2 = neurons or (self.lif1, self.lif2)
         if spikes is None:
-            spikes = self.lif1(x)
-        _, spikes = self.bn1(self._convolve(self.conv1, spikes), neuron=self.lif2, spikes_only=True)
+            spikes = lif1(x)
+        _, spikes = self.bn1(self._convolve(self.conv1, spikes), neuron=lif2, spikes_only=True, first_step=first_step)
         out = self._convolve(self.conv2, spikes)
         if self.shortcut_conv is None:
-            return self.bn2(out, x, next_neuron)
+            return self.bn2(out, x, next_neuron, first_step=first_step)
         if x.shape[3:] != out.shape[3:]:
             x = F.avg_pool2d(x.flatten(0, 1), self.stride).unflatten(0, x.shape[:2])
-        shortcut, _ = self.shortcut_bn(fold_steps(self.shortcut_conv, x))
-        return self.bn2(out, shortcut, next_neuron)
+        shortcut, _ = self.shortcut_bn(fold_steps(self.shortcut_conv, x), first_step=first_step)
+        return self.bn2(out, shortcut, next_neuron, first_step=first_step)
 
 
 class SpikingStage(nn.Sequential):

@@ -12,16 +12,13 @@ of the last `segments` segments.
 """
 
 import functools
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from models.neurons import LIF, lif
 from models.respike import SIZE_MULTIPLE, ReSpike
-from models.spiking_resnet import SpikingBlock, fold_steps
 from utils.errors import UserError
 
 
@@ -106,24 +103,8 @@ def _spiking_step(model: ReSpike, residual: Tensor, state: StreamState) -> tuple
     x, spikes = model.snn.stem(residual[None], functools.partial(fire, model.snn.stages[0][0].lif1), state.steps)
     for stage, fusion, context in zip(model.snn.stages, model.fusions, state.contexts, strict=True):
         for block in stage:
-            x, spikes = _block(block, x, spikes, fire, state.steps), None
+            neurons = functools.partial(fire, block.lif1), functools.partial(fire, block.lif2)
+            x, spikes = block(x, spikes, neurons=neurons, first_step=state.steps)[0], None
         if fusion is not None:
             x = fusion.fuse(x, context)
     return tuple(after), x
-
-
-def _block(
-    block: SpikingBlock, x: Tensor, spikes: Tensor | None, fire: Callable[[LIF, Tensor], Tensor], number: int
-) -> Tensor:
-    """`SpikingBlock.forward` of one time step, with neurons that start from a membrane."""
-    if spikes is None:
-        spikes = fire(block.lif1, x)
-    _, spikes = block.bn1(
-        fold_steps(block.conv1, spikes), None, functools.partial(fire, block.lif2), spikes_only=True, first_step=number
-    )
-    out = fold_steps(block.conv2, spikes)
-    if block.shortcut_conv is not None:
-        if x.shape[3:] != out.shape[3:]:
-            x = F.avg_pool2d(x.flatten(0, 1), block.stride).unflatten(0, x.shape[:2])
-        x, _ = block.shortcut_bn(fold_steps(block.shortcut_conv, x), first_step=number)
-    return block.bn2(out, x, first_step=number)[0]

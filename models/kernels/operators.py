@@ -41,7 +41,7 @@ def lif_backward(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Gradients of `current` and, if `needs_v0`, of v0."""
     current = steps_outermost(current)
-    grad_current, grad_v0 = _like_lif_backward(current, needs_v0)
+    grad_current, grad_v0 = _like_lif(current, needs_v0)
     if grad_spikes is not None:
         grad_spikes = laid_out_as(grad_spikes, current)
     triton_lif.launch_backward(
@@ -53,7 +53,7 @@ def lif_backward(
 
 @lif_backward.register_fake
 def _(current, v0, grad_spikes, grad_v_end, needs_v0, neuron):
-    return _like_lif_backward(steps_outermost(current), needs_v0)
+    return _like_lif(steps_outermost(current), needs_v0)
 
 
 def _lif_context(ctx, inputs, output) -> None:
@@ -264,16 +264,11 @@ def _pooled(x: Tensor) -> Tensor:
     return x.new_empty(steps, n, channels, height // 2, width // 2)
 
 
-def _like_lif(current: Tensor, keep_v: bool) -> tuple[Tensor, Tensor]:
+def _like_lif(current: Tensor, with_v: bool) -> tuple[Tensor, Tensor]:
+    """Spikes and a membrane, or the gradients of a current and of a membrane."""
     dtype = membrane_dtype(current.dtype)
-    v_end = torch.empty_like(current[0], dtype=dtype) if keep_v else current.new_empty(0, dtype=dtype)
-    return torch.empty_like(current), v_end
-
-
-def _like_lif_backward(current: Tensor, needs_v0: bool) -> tuple[Tensor, Tensor]:
-    dtype = membrane_dtype(current.dtype)
-    grad_v0 = torch.empty_like(current[0], dtype=dtype) if needs_v0 else current.new_empty(0, dtype=dtype)
-    return torch.empty_like(current), grad_v0
+    v = torch.empty_like(current[0], dtype=dtype) if with_v else current.new_empty(0, dtype=dtype)
+    return torch.empty_like(current), v
 
 
 def _like_batch_norm(x: Tensor, keep_sum: bool, fire: bool, pool: bool) -> tuple[Tensor, Tensor]:

@@ -71,16 +71,23 @@ def elements_before(t, step_elements):
 
 
 @triton.jit
-def _forward_kernel(
-    x_ptr, v0_ptr, spike_ptr, v_end_ptr, neurons,
-    STEPS: tl.constexpr, TAU: tl.constexpr, V_THRESHOLD: tl.constexpr, V_RESET: tl.constexpr,
-    COMPUTE: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+def _begin(v0_ptr, neurons, COMPUTE: tl.constexpr, BLOCK: tl.constexpr):
+    """(numbers of a program's neurons, mask, their membranes before the first step)"""
     neuron = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = neuron < neurons
     v = tl.zeros([BLOCK], COMPUTE)
     if v0_ptr is not None:
         v = tl.load(v0_ptr + neuron, mask, 0.0)
+    return neuron, mask, v
+
+
+@triton.jit
+def _forward_kernel(
+    x_ptr, v0_ptr, spike_ptr, v_end_ptr, neurons,
+    STEPS: tl.constexpr, TAU: tl.constexpr, V_THRESHOLD: tl.constexpr, V_RESET: tl.constexpr,
+    COMPUTE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    neuron, mask, v = _begin(v0_ptr, neurons, COMPUTE, BLOCK)
     x = tl.load(x_ptr + neuron, mask, 0.0)
     for t in tl.static_range(STEPS):
         h = charge(x.to(COMPUTE), v, TAU)
@@ -100,11 +107,7 @@ def _backward_kernel(
     SURROGATE: tl.constexpr, ALPHA: tl.constexpr, DETACH_RESET: tl.constexpr,
     COMPUTE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    neuron = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = neuron < neurons
-    v = tl.zeros([BLOCK], COMPUTE)
-    if v0_ptr is not None:
-        v = tl.load(v0_ptr + neuron, mask, 0.0)
+    neuron, mask, v = _begin(v0_ptr, neurons, COMPUTE, BLOCK)
     charged = ()
     for t in tl.static_range(STEPS):
         x = tl.load(x_ptr + elements_before(t, neurons) + neuron, mask, 0.0).to(COMPUTE)

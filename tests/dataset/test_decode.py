@@ -11,10 +11,10 @@ import numpy
 import pytest
 from PIL import Image
 
+from dataset.convert import Settings, convert
 from dataset.decode import VideoError, decode_frames, every_frame
 from dataset.demo import write_video
 from dataset.index import VideoIndex, probe
-from dataset.prepare import Settings, convert
 from tests.conftest import SHARED
 from tests.helpers.odd_videos import write_joined, write_paletted
 from tests.helpers.script import memory_limit

@@ -3,86 +3,76 @@ from collections import Counter
 
 import pytest
 
-from dataset.frame_sampling import (
-    SegmentSampling,
-    WindowSampling,
-    clip_span_frames,
-    every_start,
-    fixed_in_segments,
-    random_in_segments,
-    random_start,
-    spread_starts,
-    window,
-)
+from dataset.frame_sampling import SegmentSampling, WindowSampling
 
 
 def test_span():
-    assert clip_span_frames(16, 1) == 16 and clip_span_frames(16, 4) == 61 and clip_span_frames(1, 9) == 1
+    assert [WindowSampling(*clip).span_frames for clip in ((16, 1), (16, 4), (1, 9))] == [16, 61, 1]
 
 
 def test_window():
-    assert window(3, 20, 4, 1) == [3, 4, 5, 6]
-    assert window(3, 20, 4, 3) == [3, 6, 9, 12]
+    assert WindowSampling(4, 1).at(20, 3) == [3, 4, 5, 6]
+    assert WindowSampling(4, 3).at(20, 3) == [3, 6, 9, 12]
 
 
 def test_short_videos_are_looped():
-    assert window(0, 3, 8, 1) == [0, 1, 2, 0, 1, 2, 0, 1]
-    assert window(0, 5, 4, 3) == [0, 3, 1, 4]
-    assert window(0, 1, 4, 2) == [0, 0, 0, 0]
+    assert WindowSampling(8, 1).at(3, 0) == [0, 1, 2, 0, 1, 2, 0, 1]
+    assert WindowSampling(4, 3).at(5, 0) == [0, 3, 1, 4]
+    assert WindowSampling(4, 2).at(1, 0) == [0, 0, 0, 0]
 
 
 @pytest.mark.parametrize("frames", [1, 5, 16, 17, 40])
 @pytest.mark.parametrize("stride", [1, 3])
 def test_every_start_that_fits_is_drawn(frames, stride):
-    last = max(0, frames - clip_span_frames(8, stride))
-    generator = random.Random(0)
-    counts = Counter(random_start(frames, 8, stride, generator) for _ in range(4000))
+    sampling, generator = WindowSampling(8, stride), random.Random(0)
+    last = max(0, frames - sampling.span_frames)
+    counts = Counter(sampling.random(frames, generator)[0] for _ in range(4000))
     assert set(counts) == set(range(last + 1))
     assert min(counts.values()) > 0.5 * 4000 / (last + 1)
 
 
 def test_spread_starts():
-    assert spread_starts(100, 16, 1, 1) == [42]  # centred: 42 frames on either side
-    assert spread_starts(100, 16, 1, 3) == [0, 42, 84]
-    assert spread_starts(10, 16, 1, 3) == [0, 0, 0]
-    starts = spread_starts(1000, 16, 2, 10)
+    assert WindowSampling(16, 1, 1).places(100) == [42]  # centred: 42 frames on either side
+    assert WindowSampling(16, 1, 3).places(100) == [0, 42, 84]
+    assert WindowSampling(16, 1, 3).places(10) == [0, 0, 0]
+    starts = WindowSampling(16, 2, 10).places(1000)
     assert starts[0] == 0 and starts[-1] == 1000 - 31 and len(starts) == 10
 
 
 def test_every_start_as_published():
-    assert every_start(48, 16, 1, 16) == [0, 16, 32]
-    assert every_start(47, 16, 1, 16) == [0, 16]
-    assert every_start(5, 16, 1, 16) == [0]
+    assert WindowSampling(16).every_place(48, 16) == [0, 16, 32]
+    assert WindowSampling(16).every_place(47, 16) == [0, 16]
+    assert WindowSampling(16).every_place(5, 16) == [0]
 
 
 @pytest.mark.parametrize("frames", [1, 7, 33, 300])
 @pytest.mark.parametrize("stride", [1, 2, 5])
 def test_indices_are_always_in_the_video(frames, stride):
-    generator = random.Random(1)
-    starts = [random_start(frames, 16, stride, generator) for _ in range(50)]
-    starts += spread_starts(frames, 16, stride, 4) + every_start(frames, 16, stride, 16)
+    sampling, generator = WindowSampling(16, stride, views=4), random.Random(1)
+    starts = [sampling.random(frames, generator)[0] for _ in range(50)]
+    starts += sampling.places(frames) + sampling.every_place(frames, 16)
     for start in starts:
-        indices = window(start, frames, 16, stride)
+        indices = sampling.at(frames, start)
         assert len(indices) == 16 and min(indices) >= 0 and max(indices) < frames
-        if frames >= clip_span_frames(16, stride):
+        if frames >= sampling.span_frames:
             assert indices == list(range(start, start + 16 * stride, stride))  # not looped where it fits
 
 
 def test_no_frames():
     with pytest.raises(ValueError, match="at least one frame"):
-        random_start(0, 16, 1, random.Random(0))
+        WindowSampling(16).random(0, random.Random(0))
 
 
 def test_the_middle_of_every_segment():
-    assert fixed_in_segments(100, 4, 0, 1) == [12, 37, 62, 87]
-    assert fixed_in_segments(16, 16, 0, 1) == list(range(16))
+    assert SegmentSampling(4).at(100, 0) == [12, 37, 62, 87]
+    assert SegmentSampling(16).at(16, 0) == list(range(16))
     # TSN's own arithmetic: int(tick / 2 + tick * segment) with tick = frames / segments
     for frames in (3, 16, 61, 250, 300):
-        assert fixed_in_segments(frames, 16, 0, 1) == [int(frames / 32 + frames / 16 * n) for n in range(16)]
+        assert SegmentSampling(16).at(frames, 0) == [int(frames / 32 + frames / 16 * n) for n in range(16)]
 
 
 def test_views_lie_evenly_in_every_segment():
-    views = [fixed_in_segments(120, 4, view, 3) for view in range(3)]
+    views = [SegmentSampling(4, views=3).at(120, view) for view in range(3)]
     assert views == [[5, 35, 65, 95], [15, 45, 75, 105], [25, 55, 85, 115]]
 
 
@@ -91,7 +81,7 @@ def test_a_random_frame_of_every_segment(frames, segments):
     generator = random.Random(1)
     seen = [set() for _ in range(segments)]
     for _ in range(800):
-        clip = random_in_segments(frames, segments, generator)
+        clip = SegmentSampling(segments).random(frames, generator)
         assert clip == sorted(clip) and clip[0] >= 0 and clip[-1] < frames
         for part, index in zip(seen, clip, strict=True):
             part.add(index)

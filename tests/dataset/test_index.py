@@ -8,11 +8,11 @@ import pytest
 
 import dataset.index as index_module
 from dataset.container import VideoError
+from dataset.convert import Settings, convert
 from dataset.decode import decode_frames
 from dataset.index import VideoIndex, VideoInfo, _Found, probe
 from dataset.jpeg_video import JPEGVideo
 from dataset.live import SourceError, frames_of
-from dataset.prepare import Settings, convert
 from dataset.shards import Shard
 from tests.helpers.script import without_privileges
 from utils.errors import UserError

@@ -10,10 +10,10 @@ from PIL import Image
 
 import dataset.jpeg_video as module
 from dataset.container import open_video, video_stream
+from dataset.convert import Settings, convert
 from dataset.decode import VideoError, decode_frames, every_frame
 from dataset.index import probe
 from dataset.jpeg_video import JPEGVideo, marked
-from dataset.prepare import Settings, convert
 
 RATE = Fraction(10)
 

@@ -17,10 +17,10 @@ from pathlib import Path
 
 import numpy
 
+from dataset.convert import Settings, convert
 from dataset.decode import VideoError, decode_frames
 from dataset.index import probe
 from dataset.pool import map_in_processes
-from dataset.prepare import Settings, convert
 
 KINDS = ("bytes", "bytes of the index", "cut", "positions", "sizes", "order", "zeros")
 

@@ -22,7 +22,8 @@ import triton
 
 ROOT = Path(__file__).parents[2]
 IMPORTED = torch._dynamo, torchvision, triton  # before the forks
-LIF, NORM = "models/kernels/triton_lif.py", "models/kernels/triton_batch_norm.py"
+LIF, LAUNCHES = "models/kernels/triton_lif.py", "models/kernels/triton_batch_norm.py"
+NORM, REDUCE = "models/kernels/batch_norm_kernels.py", "models/kernels/reduction_kernels.py"
 OPERATORS, GEGLU, PACKING = "models/kernels/operators.py", "models/kernels/geglu.py", "models/kernels/packing.py"
 OPERATOR = "models/kernels/operator.py"
 SPLIT, SURROGATES = "dataset/residual_kernel.py", "models/kernels/surrogates.py"
@@ -67,15 +68,15 @@ MUTATIONS = [
     (SURROGATES, "return ALPHA * decay / ((1.0 + decay)", "return decay / ((1.0 + decay)"),
     (SURROGATES, "tl.maximum(ALPHA - (ALPHA * ALPHA)", "tl.maximum(ALPHA - ALPHA"),
     # statistics
-    (NORM, "first + tile * ROWS + tl.arange(0, ROWS)[:, None] < rows", "first + tl.arange(0, ROWS)[:, None] < rows"),
-    (NORM, "tl.sum(square + count * away * away, 0)", "tl.sum(square, 0)"),
-    (NORM, "share * away * away, 0.0)", "0.0, 0.0)"),
-    (NORM, "tl.minimum(rows_each, tl.maximum(rows - program * rows_each, 0))", "rows_each + 0 * program"),
-    (NORM, "square / (rows - 1) - running_var", "square / rows - running_var"),
-    (NORM, "momentum * (mean - running_mean)", "momentum * mean"),
-    (NORM, "(1 if OF_EACH_STEP else steps)", "1"),
-    (NORM, "own = step * channels + column", "own = column"),
-    (NORM, "for first in range(0, programs, PROGRAMS):", "for first in range(0, PROGRAMS, PROGRAMS):"),
+    (REDUCE, "first + tile * ROWS + tl.arange(0, ROWS)[:, None] < rows", "first + tl.arange(0, ROWS)[:, None] < rows"),
+    (REDUCE, "tl.sum(square + count * away * away, 0)", "tl.sum(square, 0)"),
+    (REDUCE, "share * away * away, 0.0)", "0.0, 0.0)"),
+    (REDUCE, "tl.minimum(rows_each, tl.maximum(rows - program * rows_each, 0))", "rows_each + 0 * program"),
+    (REDUCE, "square / (rows - 1) - running_var", "square / rows - running_var"),
+    (REDUCE, "momentum * (mean - running_mean)", "momentum * mean"),
+    (REDUCE, "(1 if OF_EACH_STEP else steps)", "1"),
+    (REDUCE, "own = step * channels + column", "own = column"),
+    (REDUCE, "for first in range(0, programs, PROGRAMS):", "for first in range(0, PROGRAMS, PROGRAMS):"),
     # forward
     (NORM, "tl.fma(x - mean, inverse * weight, bias)", "tl.fma(x - mean, inverse, bias)"),
     (NORM, "tl.rsqrt(variance + constant(variance, EPS))\n\n", "tl.rsqrt(variance)\n\n"),
@@ -84,7 +85,7 @@ MUTATIONS = [
     (NORM, "later, mask, 0.0),)", "here, mask, 0.0),)"),
     (NORM, "_load_if_any(residual_ptr, later", "_load_if_any(residual_ptr, here"),
     (NORM, "(four * 0.25)", "(four * 0.5)"),
-    (NORM, "row = (2 * line + part // 2) * width + 2 * place + part % 2", "row = row + 0 * width"),
+    (REDUCE, "row = (2 * line + part // 2) * width + 2 * place + part % 2", "row = row + 0 * width"),
     (NORM, "is_window = (window < rows // 4)", "is_window = (window < rows // 4 - 1)"),
     # backward
     (NORM, "tl.fma(grad_y, centred, centred_sums[back])", "tl.fma(grad_y, centred, centred_sums[0])"),
@@ -97,19 +98,19 @@ MUTATIONS = [
     (NORM, "tl.fma(factor, x.to(COMPUTE) - mean, offset)", "offset"),
     (NORM, "share * inverse * inverse", "share * inverse"),
     (NORM, "tl.full(like.shape, values, like.dtype)", "tl.full(like.shape, values - 1, like.dtype)"),
-    (NORM, "geometry.rows * geometry.steps // mean.shape[0]", "geometry.rows"),
-    (NORM, "weight * plain, is_channel", "plain, is_channel"),
-    (NORM, "weight * centred, is_channel", "centred, is_channel"),
-    (NORM, "tl.fma(centred, tl.rsqrt(variance + constant(variance, EPS)), grad_weight)", "centred + grad_weight"),
-    (NORM, "grad_bias += plain", "grad_bias = plain"),
+    (LAUNCHES, "geometry.rows * geometry.steps // mean.shape[0]", "geometry.rows"),
+    (REDUCE, "weight * plain, is_channel", "plain, is_channel"),
+    (REDUCE, "weight * centred, is_channel", "centred, is_channel"),
+    (REDUCE, "tl.fma(centred, tl.rsqrt(variance + constant(variance, EPS)), grad_weight)", "centred + grad_weight"),
+    (REDUCE, "grad_bias += plain", "grad_bias = plain"),
     # ReLU
     (NORM, "y = tl.where(y < 0.0, 0.0, y)", "y = tl.where(y < 0.1, 0.0, y)"),
     (NORM, "y = tl.where(y < 0.0, 0.0, y)", "y = tl.where(y > 0.0, y, 0.0)"),
     (NORM, "result.to(COMPUTE) > 0.0", "result.to(COMPUTE) >= 0.0"),
     (NORM, "result = y.to(x.dtype)", "result = -y.to(x.dtype)"),
     (NORM, "h = charge(y, v, TAU)\n        charged", "h = charge(y, v * 0.5, TAU)\n        charged"),
-    (NORM, "return mean.shape[1] if mean.shape[0] > 1 else 0", "return mean.shape[1]"),
-    (NORM, "return mean.shape[1] if mean.shape[0] > 1 else 0", "return 0"),
+    (LAUNCHES, "return mean.shape[1] if mean.shape[0] > 1 else 0", "return mean.shape[1]"),
+    (LAUNCHES, "return mean.shape[1] if mean.shape[0] > 1 else 0", "return 0"),
     # operators
     (OPERATORS, "or (ctx.relu and residual is not None)", ""),
     (OPERATORS, "total = total if fire or relu else None", "total = total if fire else None"),
@@ -123,7 +124,7 @@ MUTATIONS = [
     (OPERATORS, "return None if v is None else laid_out_as(v, x[0], membrane_dtype(x.dtype))", "return v"),
     (OPERATORS, "None if residual is None else laid_out_as(residual, x)", "residual"),
     (OPERATORS, "torch.empty_like(x) if fire else", "torch.empty_like(x, dtype=torch.float32) if fire else"),
-    (OPERATORS, "return torch.empty_like(current), v_end", "return torch.empty_like(current).float(), v_end"),
+    (OPERATORS, "return torch.empty_like(current), v\n", "return torch.empty_like(current).float(), v\n"),
     (OPERATOR, "torch.autograd.graph.increment_version(", "list("),
     (OPERATOR, "(twice if torch.is_grad_enabled() else gradient)", "gradient"),
     (OPERATOR, "torch._C._len_torch_dispatch_stack() > 0", "False"),
@@ -133,9 +134,9 @@ MUTATIONS = [
     (MODULE, "x.shape[0] <= MAX_STEPS", "True"),
     (MODULE, "spikes = neuron.counted(spikes) if fires_here", "spikes = spikes if fires_here"),
     (MODULE, "pools_here = pool and residual is None and (fires_here or neuron is None)", "pools_here = pool"),
-    (MODULE, '_merged(x) if self.mode == "merged" else x', "x"),
+    (MODULE, "x.flatten(0, 1).unsqueeze(0) if one_for_all else x", "x"),
     (MODULE, "residual = None if residual is None else residual.unsqueeze(0)", "residual = None"),
-    (STEM, "neuron=next_neuron, pool=True)", "neuron=None, pool=True)"),
+    (STEM, "neuron=next_neuron, pool=True", "neuron=None, pool=True"),
     # others
     (GEGLU, "gate * (0.5 + 0.5 * tl.erf", "gate * (0.5 + 0.4 * tl.erf"),
     (GEGLU, "(below + gate * density)", "below"),

@@ -23,3 +23,10 @@ def test_without_loguru_tests_that_need_spikingjelly_are_skipped():
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout
     assert " skipped" in result.stdout and "error" not in result.stdout.lower(), result.stdout
+
+
+def test_every_line_that_the_mutations_break_is_still_there(monkeypatch):
+    monkeypatch.setattr(os, "environ", os.environ.copy())  # the program makes Triton interpret
+    from tests.helpers.mutate_kernels import MUTATIONS
+
+    assert not [(path, line) for path, line, _ in MUTATIONS if line not in (ROOT / path).read_text()]

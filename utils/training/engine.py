@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from dataset.device_loader import DeviceLoader
 from utils.progress import Progress
 from utils.runtime import ALONE, Runtime
-from utils.training.feed import Feed, UnreadableVideos
+from utils.training.feed import Feed, Step, UnreadableVideos
 from utils.training.metrics import ClipScores, FiringRates, LossWatch, StepLog, VideoScores, learned_by_neurons
 
 
@@ -73,24 +73,8 @@ def train_one_epoch(
             if step.save:
                 save()
 
-            for left, batch in zip(range(step.count - 1, -1, -1), step.batches, strict=True):
-                with runtime.no_backward_sync(network, enabled=left > 0):
-                    with runtime.autocast():
-                        logits = network(batch.key, batch.residual)
-                        loss = criterion(logits.float(), batch.labels)
-                    # DDP takes the mean over ranks; the step is the mean over all its clips.
-                    share = len(batch.labels) * runtime.count / step.clips
-                    scaler.scale(loss * share).backward()
-                scores.add(logits, batch.labels, loss)
-                losses.add(loss, batch.videos)
             if step.count:
-                losses.check_now_and_then()
-                if clip_norm is not None:
-                    scaler.unscale_(optimizer)
-                    nn.utils.clip_grad_norm_(network.parameters(), clip_norm)
-                scaler.step(optimizer)
-                scaler.update()
-                optimizer.zero_grad(set_to_none=True)
+                train_step(network, step, optimizer, scaler, criterion, runtime, clip_norm, scores, losses)
             position.advance(step.order, scores)
             progress.advance(step.order, loss=losses.latest)
             log.step(scores, clips_per_second=feed.clips_per_second())
@@ -102,6 +86,42 @@ def train_one_epoch(
         "train_clips": trained["clips"],  # fewer than the epoch has if videos could not be read
         **feed.timing(),
     }
+
+
+def train_step(
+    network: nn.Module,
+    step: Step,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    criterion: Callable[[Tensor, Tensor], Tensor],
+    runtime: Runtime,
+    clip_norm: float | None,
+    scores: ClipScores,
+    losses: LossWatch,
+) -> None:
+    """One optimizer step of `train_one_epoch`.
+
+    step: with one batch at least.
+    scores, losses: take what its batches give.
+    The others are as for `train_one_epoch`.
+    """
+    for left, batch in zip(range(step.count - 1, -1, -1), step.batches, strict=True):
+        with runtime.no_backward_sync(network, enabled=left > 0):
+            with runtime.autocast():
+                logits = network(batch.key, batch.residual)
+                loss = criterion(logits.float(), batch.labels)
+            # DDP takes the mean over ranks; the step is the mean over all its clips.
+            share = len(batch.labels) * runtime.count / step.clips
+            scaler.scale(loss * share).backward()
+        scores.add(logits, batch.labels, loss)
+        losses.add(loss, batch.videos)
+    losses.check_now_and_then()
+    if clip_norm is not None:
+        scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(network.parameters(), clip_norm)
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
 
 
 @torch.no_grad()

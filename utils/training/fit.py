@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 
 import numpy
@@ -160,157 +160,153 @@ def cosine_with_warmup(epoch: int, epochs: int, warmup_epochs: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
-def fit(
-    state: TrainingState,
-    train_loader: DeviceLoader,
-    eval_loader: DeviceLoader,
-    criterion: Callable[[Tensor, Tensor], Tensor],
-    run: RunFolder,
-    *,
-    epochs: int,
-    evaluated_on: str,
-    schedule: Callable[[int], float],
-    accumulation_steps: int,
-    clip_norm: float | None,
-    checkpoint_minutes: float,
-    keep: int,
-    log_every: int,
-    precise_bn: int = 0,
-    cuda_graphs: bool = False,
-) -> bool:
-    """Train from `state.position` to `epochs`. After each epoch the network is scored on `eval_loader`.
+@dataclass
+class Training:
+    """A whole training run. After each epoch the network is scored on `eval_loader`.
 
-    criterion, accumulation_steps, clip_norm: as for `train_one_epoch`.
-    evaluated_on: name of the videos of `eval_loader`, for metrics and output.
-    schedule: epoch -> factor of each parameter group's learning rate.
-    checkpoint_minutes: between checkpoints in mid-epoch; 0 writes none.
-    keep: checkpoints kept, last.pt among them.
-    log_every: optimizer steps between the lines of steps.jsonl; 0 writes none.
-    precise_bn: training clips to measure batch norm's statistics on before each evaluation (`measure_statistics`); 0
-        keeps the running ones.
-    cuda_graphs: train by `GraphedNetwork`, in one process on a GPU with one batch an optimizer step.
-
-    Every epoch adds a line of metrics and writes last.pt; the best epoch so far is in best.pt. Returns False if a
-    signal to any rank cut the run short; last.pt then holds the very step. It also does if a rank cannot continue:
-    all ranks then raise UserError.
+    Every epoch adds a line of metrics and writes last.pt; the best epoch so far is in best.pt.
     """
-    runtime = state.runtime
-    unreadable, unreadable_in_test = UnreadableVideos(), UnreadableVideos()
-    runtime.from_main(run.begin, state.position.epoch, state.position.clips)
-    runtime.from_main(_draw_clips, train_loader, run)
-    if cuda_graphs:
-        sample = train_loader.sample()
-        network = GraphedNetwork(state.model, sample.key, sample.residual, runtime.precision)
-    else:
-        network = runtime.replicate(state.model, accumulates=accumulation_steps > 1)
-    clock = _CheckpointClock(checkpoint_minutes)
 
-    def save() -> None:
-        runtime.from_main(run.add_to_list, "broken.txt", unreadable.take() + unreadable_in_test.take())
-        state.save(run.last, keep)
-        clock.restart()
+    state: TrainingState
+    train_loader: DeviceLoader
+    eval_loader: DeviceLoader
+    criterion: Callable[[Tensor, Tensor], Tensor]  # as for `train_one_epoch`
+    run: RunFolder
+    _: KW_ONLY
+    epochs: int
+    evaluated_on: str  # name of the videos of `eval_loader`, for metrics and output
+    schedule: Callable[[int], float]  # epoch -> factor of each parameter group's learning rate
+    accumulation_steps: int  # as for `train_one_epoch`
+    clip_norm: float | None  # likewise
+    checkpoint_minutes: float  # between checkpoints in mid-epoch; 0 writes none
+    keep: int  # checkpoints kept, last.pt among them
+    log_every: int  # optimizer steps between the lines of steps.jsonl; 0 writes none
+    # Training clips to measure batch norm's statistics on before each evaluation (`measure_statistics`); 0 keeps the
+    # running ones.
+    precise_bn: int = 0
+    cuda_graphs: bool = False  # train by `GraphedNetwork`, in one process on a GPU with one batch an optimizer step
 
-    if state.restored_from not in (None, run.last):
-        save()  # resumed from an older checkpoint: now it is the newest, so that --resume auto continues from here
-    with StopRequest() as stop:
-        while state.position.epoch < epochs:
-            epoch = state.position.epoch
-            for group in state.optimizer.param_groups:
-                group["lr"] = group["initial_lr"] * schedule(epoch)
-            rate = {"learning_rate": state.optimizer.param_groups[0]["lr"]}
+    def __post_init__(self):
+        self._unreadable, self._unreadable_in_test = UnreadableVideos(), UnreadableVideos()
+        self._saved_at = time.monotonic()
 
-            def log(values: dict, epoch=epoch, rate=rate) -> None:
-                run.add_step({"epoch": epoch, "clips": state.position.clips, **values, **rate}, train_loader.clips)
+    def fit(self) -> bool:
+        """Train from `state.position` to `epochs`. Returns False if a signal to any rank cut the run short; last.pt
+        then holds the very step. It also does if a rank cannot continue: all ranks then raise UserError."""
+        state, run, runtime = self.state, self.run, self.state.runtime
+        runtime.from_main(run.begin, state.position.epoch, state.position.clips)
+        runtime.from_main(_draw_clips, self.train_loader, run)
+        network = self._network()
+        if state.restored_from not in (None, run.last):
+            self._save()  # resumed from an older checkpoint: now it is the newest, so --resume auto continues from here
+        with StopRequest() as stop:
+            while state.position.epoch < self.epochs:
+                epoch = state.position.epoch
+                for group in state.optimizer.param_groups:
+                    group["lr"] = group["initial_lr"] * self.schedule(epoch)
+                try:
+                    metrics = self._epoch(network, stop.requested)
+                except UserError as error:  # in all ranks: each knows that one cannot continue
+                    raise self._with_advice(error) from error
+                if metrics is None:
+                    self._save()
+                    print(
+                        f"stopped by {stop.name or 'a signal to another process'} in epoch {epoch + 1} after "
+                        f"{state.position.clips} clips; continue with --resume auto"
+                    )
+                    return False
+                self._end_epoch(metrics)
+                self._save()
+        return True
 
-            try:
-                scored = None
-                trained = train_one_epoch(
-                    network, train_loader, state.optimizer, state.scaler, criterion, runtime,
-                    position=state.position, accumulation_steps=accumulation_steps, clip_norm=clip_norm,
-                    unreadable=unreadable, should_stop=stop.requested, should_save=clock.is_due, save=save,
-                    log=StepLog(log_every, log, runtime, state.position.sums),
-                )  # fmt: skip
-                if trained is not None and precise_bn:
-                    measured = measure_statistics(
-                        state.model, train_loader, runtime, epoch=epoch, clips=precise_bn, unreadable=unreadable,
-                        should_stop=stop.requested,
-                    )  # fmt: skip
-                    trained = None if measured is None else trained | measured
-                if trained is not None:
-                    task = f"{evaluated_on} {epoch + 1}/{epochs}"
-                    scored = evaluate(
-                        state.model, eval_loader, runtime, task=task, unreadable=unreadable_in_test,
-                        should_stop=stop.requested,
-                    )  # fmt: skip
-            except UserError as error:  # in all ranks: each knows that one cannot continue
-                raise _saved(error, state, run, save) from error
-            if scored is None:
-                save()
-                print(
-                    f"stopped by {stop.name or 'a signal to another process'} in epoch {epoch + 1} after "
-                    f"{state.position.clips} clips; continue with --resume auto"
-                )
-                return False
-            metrics = {"epoch": epoch, **trained, f"{evaluated_on}_loss": scored.pop("loss"), **scored, **rate}
-            _end_epoch(state, run, metrics | {"evaluated_on": evaluated_on}, epochs)
-            save()
-    return True
+    def _network(self) -> nn.Module:
+        if self.cuda_graphs:
+            sample = self.train_loader.sample()
+            return GraphedNetwork(self.state.model, sample.key, sample.residual, self.state.runtime.precision)
+        return self.state.runtime.replicate(self.state.model, accumulates=self.accumulation_steps > 1)
 
+    def _epoch(self, network: nn.Module, should_stop: Callable[[], bool]) -> dict | None:
+        """The rest of the present epoch, and its evaluation: the metrics of both, or None if it was stopped."""
+        state, runtime, epoch = self.state, self.state.runtime, self.state.position.epoch
+        rate = {"learning_rate": state.optimizer.param_groups[0]["lr"]}
 
-def _end_epoch(state: TrainingState, run: RunFolder, metrics: dict, epochs: int) -> None:
-    """Record the metrics of the present epoch, save best.pt if it is the best, and go on to the next."""
-    epoch, improved = metrics["epoch"], metrics["video_top1"] > state.best["video_top1"]
-    if improved:
-        state.best = {"epoch": epoch, "video_top1": metrics["video_top1"]}
-    # The state after this epoch is the one that a resumed run starts the next epoch with.
-    state.position = TrainPosition(epoch + 1)
-    metrics["peak_memory_bytes"] = peak_memory_bytes(state.runtime.device)
-    state.runtime.from_main(run.add_metrics, metrics)
-    on = metrics["evaluated_on"]
-    print(
-        f"epoch {epoch + 1}/{epochs}: loss {metrics['train_loss']:.4f}, "
-        f"train clip top-1 {metrics['train_clip_top1']:.1f} %, "
-        f"{on} clip {metrics['clip_top1']:.1f} %, video {metrics['video_top1']:.1f} %, "
-        f"{metrics['clips_per_second']:.1f} clips/s, {100 * metrics['data_wait_share']:.0f} % waiting for data"
-        + (
-            f", batch norm measured in {metrics['precise_bn_seconds']:.1f} s" if "precise_bn_seconds" in metrics else ""
-        ),
-        flush=True,
-    )
-    if improved:
-        state.save(run.best)
+        def log(values: dict) -> None:
+            line = {"epoch": epoch, "clips": state.position.clips, **values, **rate}
+            self.run.add_step(line, self.train_loader.clips)
 
+        trained = train_one_epoch(
+            network, self.train_loader, state.optimizer, state.scaler, self.criterion, runtime,
+            position=state.position, accumulation_steps=self.accumulation_steps, clip_norm=self.clip_norm,
+            unreadable=self._unreadable, should_stop=should_stop, should_save=self._is_due, save=self._save,
+            log=StepLog(self.log_every, log, runtime, state.position.sums),
+        )  # fmt: skip
+        if trained is not None and self.precise_bn:
+            measured = measure_statistics(
+                state.model, self.train_loader, runtime, epoch=epoch, clips=self.precise_bn,
+                unreadable=self._unreadable, should_stop=should_stop,
+            )  # fmt: skip
+            trained = None if measured is None else trained | measured
+        if trained is None:
+            return None
+        scored = evaluate(
+            state.model, self.eval_loader, runtime, task=f"{self.evaluated_on} {epoch + 1}/{self.epochs}",
+            unreadable=self._unreadable_in_test, should_stop=should_stop,
+        )  # fmt: skip
+        if scored is None:
+            return None
+        metrics = {"epoch": epoch, **trained, f"{self.evaluated_on}_loss": scored.pop("loss"), **scored, **rate}
+        return metrics | {"evaluated_on": self.evaluated_on}
 
-class _CheckpointClock:
-    """Whether a checkpoint in mid-epoch is due."""
+    def _end_epoch(self, metrics: dict) -> None:
+        """Record the metrics of the present epoch, save best.pt if it is the best, and go on to the next."""
+        state, run, epoch = self.state, self.run, metrics["epoch"]
+        improved = metrics["video_top1"] > state.best["video_top1"]
+        if improved:
+            state.best = {"epoch": epoch, "video_top1": metrics["video_top1"]}
+        # The state after this epoch is the one that a resumed run starts the next epoch with.
+        state.position = TrainPosition(epoch + 1)
+        metrics["peak_memory_bytes"] = peak_memory_bytes(state.runtime.device)
+        state.runtime.from_main(run.add_metrics, metrics)
+        measured = f", batch norm measured in {metrics['precise_bn_seconds']:.1f} s" if self.precise_bn else ""
+        print(
+            f"epoch {epoch + 1}/{self.epochs}: loss {metrics['train_loss']:.4f}, "
+            f"train clip top-1 {metrics['train_clip_top1']:.1f} %, "
+            f"{self.evaluated_on} clip {metrics['clip_top1']:.1f} %, video {metrics['video_top1']:.1f} %, "
+            f"{metrics['clips_per_second']:.1f} clips/s, {100 * metrics['data_wait_share']:.0f} % waiting for data"
+            f"{measured}",
+            flush=True,
+        )
+        if improved:
+            state.save(run.best)
 
-    def __init__(self, minutes: float):
-        self._seconds = 60 * minutes
-        self.restart()
+    def _is_due(self) -> bool:
+        """Whether a checkpoint in mid-epoch is due."""
+        seconds = 60 * self.checkpoint_minutes
+        return seconds > 0 and time.monotonic() - self._saved_at >= seconds
 
-    def restart(self) -> None:
-        self._latest = time.monotonic()
+    def _save(self) -> None:
+        lines = self._unreadable.take() + self._unreadable_in_test.take()
+        self.state.runtime.from_main(self.run.add_to_list, "broken.txt", lines)
+        self.state.save(self.run.last, self.keep)
+        self._saved_at = time.monotonic()
 
-    def is_due(self) -> bool:
-        return self._seconds > 0 and time.monotonic() - self._latest >= self._seconds
-
-
-def _saved(error: UserError, state: TrainingState, run: RunFolder, save: Callable[[], None]) -> UserError:
-    """The error to leave with, after saving what is good."""
-    is_own = not isinstance(error, OtherProcessError)
-    not_finite, cannot_save = state.runtime.add(
-        isinstance(error, NonFiniteLossError), isinstance(error, CheckpointError)
-    )
-    if cannot_save:
-        return error
-    if not_finite:
-        path = run.path / "nonfinite.pt"
-        state.save(path)
-        advice = f"the state at that moment is in {path}; try a lower -lr, --clip-norm or --no-amp"
-    else:
-        save()
-        advice = f"{run.last} holds all up to there"
-    return UserError(f"epoch {state.position.epoch + 1}, {error}; {advice}") if is_own else error
+    def _with_advice(self, error: UserError) -> UserError:
+        """The error to leave with, after saving what is good."""
+        state, run = self.state, self.run
+        is_own = not isinstance(error, OtherProcessError)
+        not_finite, cannot_save = state.runtime.add(
+            isinstance(error, NonFiniteLossError), isinstance(error, CheckpointError)
+        )
+        if cannot_save:
+            return error
+        if not_finite:
+            path = run.path / "nonfinite.pt"
+            state.save(path)
+            advice = f"the state at that moment is in {path}; try a lower -lr, --clip-norm or --no-amp"
+        else:
+            self._save()
+            advice = f"{run.last} holds all up to there"
+        return UserError(f"epoch {state.position.epoch + 1}, {error}; {advice}") if is_own else error
 
 
 def _draw_clips(loader: DeviceLoader, run: RunFolder) -> None:

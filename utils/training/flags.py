@@ -94,8 +94,16 @@ def _in_range(value: float, least: float, below: float | None) -> float:
 
 def add_shared_flags(parser: ArgumentParser) -> None:
     """Every flag that both training scripts have."""
-    # fmt: off
-    add = parser.add_argument_group("clips").add_argument
+    _add_clip_flags(parser.add_argument_group("clips").add_argument)
+    _add_network_flags(parser.add_argument_group("network").add_argument)
+    training = parser.add_argument_group("training").add_argument
+    _add_optimisation_flags(training)
+    _add_computing_flags(training)
+    _add_run_folder_flags(parser.add_argument_group("run folder").add_argument)
+
+
+# fmt: off
+def _add_clip_flags(add: Callable) -> None:
     add("-T", "--time", type=whole(1), metavar="N", help="frames a clip; a multiple of --stride")
     add("--stride", type=whole(1), metavar="N", help="frames a segment: one key frame, the others residual")
     add("--residual", choices=RESIDUALS,
@@ -118,7 +126,8 @@ def add_shared_flags(parser: ArgumentParser) -> None:
     add("--verify", choices=("quick", "full"),
         help="first look at a video file: quick counts its packets if they can be trusted; full decodes every file")
 
-    add = parser.add_argument_group("network").add_argument
+
+def _add_network_flags(add: Callable) -> None:
     add("--model", choices=(*BACKBONES, *VIDEO_BACKBONES),
         help="backbone of the ANN branch; r3d_18, mc3_18 and r2plus1d_18 are video networks to compare with, on all T "
         "frames as one clip")
@@ -150,7 +159,8 @@ def add_shared_flags(parser: ArgumentParser) -> None:
     add("--surrogate", choices=SURROGATES, help="surrogate gradient of the spike")
     add("--alpha", type=number(0), metavar="A", help="steepness of the surrogate gradient")
 
-    add = parser.add_argument_group("training").add_argument
+
+def _add_optimisation_flags(add: Callable) -> None:
     add("--epochs", type=whole(1), metavar="N", help="epochs in all")
     add("--start_epoch", "--start-epoch", type=whole(0), metavar="N",
         help="epoch to count from, for the learning rate; a resumed run knows its own")
@@ -163,6 +173,9 @@ def add_shared_flags(parser: ArgumentParser) -> None:
     add("--accumulate", type=whole(1), metavar="N", help="batches an optimizer step")
     add("--clip-norm", type=number(0), metavar="NORM", help="largest norm of the gradient; not given: not clipped")
     add("--seed", type=whole(0, below=2**63), metavar="N", help="seed of everything random")
+
+
+def _add_computing_flags(add: Callable) -> None:
     add("--amp", action=_YES_NO,
         help="mixed precision: bf16 if the hardware has it, fp16 on older GPUs; --no-amp is fp32 (no TF32)")
     add("--sync-bn", action=_YES_NO, help="batch norm statistics over all processes; takes more memory")
@@ -182,7 +195,8 @@ def add_shared_flags(parser: ArgumentParser) -> None:
         "batches); takes more memory")
     add("--device", metavar="NAME", help="cuda, cuda:1 or cpu; not given: cuda if there is a GPU")
 
-    add = parser.add_argument_group("run folder").add_argument
+
+def _add_run_folder_flags(add: Callable) -> None:
     add("--run-dir", "--output-dir", metavar="FOLDER", help="folder of this run; not given: runs/ and what it trains")
     add("--resume", metavar="auto|PATH", help="continue from a checkpoint; auto: the run folder's newest, if any")
     add("--checkpoint-minutes", type=number(0), metavar="M", help="between checkpoints in mid-epoch; 0: none")
@@ -193,7 +207,7 @@ def add_shared_flags(parser: ArgumentParser) -> None:
         help="at the end, count the spikes of the test clips, estimate the energy of a clip, draw firing rates")
     add("--test-only", action=_YES_NO, help="no training: test the checkpoint, write test.json")
     add("--overwrite", action=_YES_NO, help="replace the run that the folder holds")
-    # fmt: on
+# fmt: on
 
 
 def parse(parser: ArgumentParser, defaults: dict) -> argparse.Namespace:

@@ -13,7 +13,7 @@ from utils.errors import UserError
 from utils.run_folder import RunFolder
 from utils.runtime import ALONE, Runtime
 from utils.training.engine import TrainPosition
-from utils.training.fit import TrainingState, fit
+from utils.training.fit import Training, TrainingState
 
 FLAGS = {"seed": 3, "momentum": 0.9}
 
@@ -29,11 +29,11 @@ def state(optimizer=None, runtime=ALONE, **settings) -> TrainingState:
 
 
 def run_fit(run: RunFolder, state: TrainingState, epochs: int = 2, log_every: int = 0) -> bool:
-    return fit(
+    return Training(
         state, make_loader(), make_loader(shuffle=False), CRITERION, run, epochs=epochs, evaluated_on="test",
         schedule=lambda epoch: 1 / (epoch + 1), accumulation_steps=1, clip_norm=None, checkpoint_minutes=0, keep=1,
         log_every=log_every,
-    )  # fmt: skip
+    ).fit()  # fmt: skip
 
 
 @pytest.fixture
