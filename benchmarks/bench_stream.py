@@ -21,6 +21,7 @@ from dataset.live import frames_of
 from dataset.residual import key_residual_split
 from models import ReSpike
 from models.respike import SETTINGS
+from utils.device import choose_precision
 from utils.prediction.clips import Clips
 from utils.prediction.frames import FrameByFrame
 from utils.runtime import Runtime
@@ -35,6 +36,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--stride", type=int, default=4)
     parser.add_argument("--size", type=int, default=224, help="pixels")
     parser.add_argument("--fusion", default="cross")
+    parser.add_argument("--amp", action=argparse.BooleanOptionalAction, default=True, help="as predict.py has it")
     parser.add_argument("--rounds", type=int, default=7, help="counted rounds; one more warms up")
     return parser.parse_args()
 
@@ -43,7 +45,9 @@ def main() -> None:
     args = parse_args()
     torch.manual_seed(0)
     model = exported(args)
-    shown, centre = FrameByFrame(model, Runtime()), Clips(model.trained).centre
+    cpu = torch.device("cpu")
+    runtime = Runtime(cpu, choose_precision(cpu, args.amp))
+    shown, centre = FrameByFrame(model, runtime), Clips(model.trained).centre
     frames = iter(frames_of(args.video))
     rounds, whole = [], []
     for counted in range(-1, args.rounds):
@@ -56,15 +60,15 @@ def main() -> None:
         stream = time.perf_counter() - started
         clip = torch.stack(clip * (args.time // args.stride))[None]
         started = time.process_time()
-        with torch.no_grad():
-            model(*key_residual_split(clip, args.stride))
+        with torch.no_grad(), runtime.autocast():
+            model(*key_residual_split(clip, args.stride, runtime.precision))
         again = time.process_time() - started
         if counted >= 0:
             rounds.append(again / (busy / args.stride))
             whole.append(args.stride / stream)
     print(
-        f"{describe(torch.device('cpu'))}; torch {torch.__version__}; {args.model}, {args.fusion}, T {args.time}, "
-        f"stride {args.stride}, {args.size} px, downsample; {args.rounds} rounds\n"
+        f"{describe(cpu)}; torch {torch.__version__}; {args.model}, {args.fusion}, {runtime.precision_name}, "
+        f"T {args.time}, stride {args.stride}, {args.size} px, downsample; {args.rounds} rounds\n"
         f"processor time: a frame of the stream {statistics.median(rounds):.1f}x as fast as the whole clip for each "
         f"new frame ({min(rounds):.1f} to {max(rounds):.1f})\n"
         f"the whole stream: {statistics.median(whole):.2f} frames/s ({min(whole):.2f} to {max(whole):.2f})"
