@@ -12,12 +12,12 @@ class FilmFusion(nn.Module):
     Gain and shift are two 1x1 convolutions of the group-normalised features of the ResNet (FiLM, arXiv 1709.07871;
     spatial feature transform, arXiv 1804.02815). They are made once per key frame and serve every time step. Attention
     has no positions: it cannot ask what is at the place that moves. This block can, because gain and shift belong to a
-    place. It works at the full size of every stage.
+    place. It works at the full size of every stage, whatever `pool` is: it costs little.
 
     snn [S, N, C, H, W], ann [N, C_ann, H, W] -> [S, N, C, H, W], in the type and the memory layout of `snn`.
     """
 
-    def __init__(self, channels: int, ann_channels: int):
+    def __init__(self, channels: int, ann_channels: int, pool: int = 1):
         super().__init__()
         self.norm = GroupNorm(NORM_GROUPS, ann_channels, eps=1e-6)
         self.to_gain = nn.Conv2d(ann_channels, channels, 1)

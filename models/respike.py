@@ -18,7 +18,8 @@ from models.spikingjelly_neurons import neuron_factory
 from utils.errors import UserError
 
 BRANCHES = ("both", "ann", "snn")
-FUSIONS = ("cross", "film", "lean", "concat")
+# Name -> the block of each fused stage, made of (channels, channels of the ANN, pool). None: there is no block.
+FUSIONS = {"cross": CrossAttentionFusion, "film": FilmFusion, "lean": LeanFusion, "concat": None}
 SETTINGS = (
     "backbone",
     "num_classes",
@@ -102,14 +103,10 @@ class ReSpike(Network):
                 pack_spikes=pack_spikes,
             )
         self.fusions = nn.ModuleList([None] * 4)
-        if branches == "both" and fusion != "concat":
+        if branches == "both" and (block := FUSIONS[fusion]) is not None:
             for stage in range(0 if downsample else 1, 4):
-                channels = self.snn.channels[stage], self.ann.channels[stage]
-                if fusion == "film":
-                    self.fusions[stage] = FilmFusion(*channels)
-                else:
-                    block = LeanFusion if fusion == "lean" else CrossAttentionFusion
-                    self.fusions[stage] = block(*channels, DOWNSAMPLE_POOLS[stage] if downsample else 1)
+                pool = DOWNSAMPLE_POOLS[stage] if downsample else 1
+                self.fusions[stage] = block(self.snn.channels[stage], self.ann.channels[stage], pool)
         width = sum(branch.channels[-1] for branch in (self.ann, self.snn) if branch is not None)
         self.head = nn.Linear(width, num_classes)
         self._frozen = False

@@ -30,7 +30,7 @@ class StreamState:
     logits: tuple[Tensor, ...] = ()  # [B, classes] of each segment before, `segments` at most
     current: Tensor | None = None  # [B, classes], of the current segment up to the latest frame
     ann: Tensor | None = None  # [B, C_ann]: the key frame's features, mean over pixels
-    contexts: tuple[tuple[Tensor, Tensor] | None, ...] = ()  # keys and values of the key frame, of each fusion
+    contexts: tuple[tuple[Tensor, ...] | None, ...] = ()  # what each fusion keeps of the key frame (`context`)
     membranes: tuple[Tensor | None, ...] = ()  # [B, C, H, W] of each LIF layer, in forward order; None stands for zero
     snn: Tensor | None = None  # [B, C]: the SNN's features, mean over pixels, summed over the steps
     steps: int = 0  # residual frames of the current segment

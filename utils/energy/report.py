@@ -158,10 +158,11 @@ def baselines(
         return {"macs": macs, "mj": 1e-9 * constants.mac_pj * macs, "memory_mj": constants.memory_mj(memory)["total"]}
 
     model = plain(model)
+    shares = {"all": clip_frames, "key": clip_frames // model.stride} if model.stride > 1 else {"all": clip_frames}
     runs = {
         f"{name}_{which}_frames": (name, frames, size)
         for name in ("resnet18", "resnet50")
-        for which, frames in (("all", clip_frames), ("key", clip_frames // model.stride))
+        for which, frames in shares.items()
     } | {f"{name}_{pixels}": (name, clip_frames, pixels) for name in _VIDEO_NETWORKS for pixels in (112, 224)}
     entries = {}
     for key, (name, *clip) in runs.items():

@@ -10,8 +10,9 @@ def format_report(report: dict) -> str:
         rows.append((row, f"{part['operations']:,.0f}", part["kind"].upper(), f"{part['mj']:.3f}", share))
     rows.append(("total", "", "", f"{total:.3f}", "100.0 %"))
     lines = [f"Energy of one clip: {report['note']}", *_aligned(rows)]
-    lines.append(f"standard deviation over {spikes['clips']} clips: {report['total_mj_std']:.3f} mJ")
-    lines.append(f"spikes as others publish them (firing rate x dense MACs): {spikes['rate_x_dense_mj']:.3f} mJ")
+    if spikes["firing_rates"]:
+        lines.append(f"standard deviation over {spikes['clips']} clips: {report['total_mj_std']:.3f} mJ")
+        lines.append(f"spikes as others publish them (firing rate x dense MACs): {spikes['rate_x_dense_mj']:.3f} mJ")
     if "memory" in report:
         *places, (_, memory) = report["memory"]["mj"].items()
         each = ", ".join(f"{name} {mj:.3f}" for name, mj in places)
@@ -24,6 +25,10 @@ def format_report(report: dict) -> str:
             even = always if rate is None else f"{100 * rate:.1f} %"
             mj = (f"{other['mj']:.3f}", f"{other['mj'] / total:.2f}", f"{other['memory_mj']:.3f}")
             rows.append((name, f"{other['macs']:,}", *mj, even))
+        if not spikes["firing_rates"]:  # a network without spikes breaks even at no rate
+            rows = [
+                (name, macs, mj, ratio.replace("ReSpike", "this"), memory) for name, macs, mj, ratio, memory, _ in rows
+            ]
         lines += ["", *_aligned(rows)]
     lines += ["", "counted as zero:", *(f"  {name}: {reason}" for name, reason in report["counted_as_zero"].items())]
     return "\n".join(lines)

@@ -102,17 +102,20 @@ def raster_figure(recording: Recording, clip: int = 0) -> Figure:
 
 
 def fusion_figure(recording: Recording, rows: Iterable[int] | None = None, title: str = "") -> Figure:
-    """A row a key frame: the key frame, its residual frames, and where the SNN looks in it, or where film changes its
-    currents, at each fused stage.
+    """A row a key frame: the key frame, its residual frames, and where the SNN looks in it, or where a fusion without
+    attention changes its currents, at each fused stage.
 
     rows: key frames, as they are numbered in the recording; None takes the first few.
     """
+    from matplotlib.colors import TwoSlopeNorm
+
     rows = list(range(len(recording.key)) if rows is None else rows)[:_ROWS_SHOWN]
     mean, deviation = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
     key = (recording.key * deviation + mean).clamp(0, 1).movedim(1, -1).numpy()
     residual = _grey_if_still(recording.residual[rows]).movedim(2, -1).numpy()
     maps = {stage: looked_at[rows] for stage, looked_at in recording.fusion_maps().items()}
     reach = max([0.01, *(float((looked_at - 1).abs().max()) for looked_at in maps.values())])  # one scale for all
+    scale = TwoSlopeNorm(1, max(0, 1 - reach), 1 + reach)
     steps = residual.shape[1]
     columns = 1 + steps + len(maps)
     figure = new_figure(1.35 * columns + 1, 1.4 * len(rows) + (0.8 if title else 0.5))
@@ -124,7 +127,7 @@ def fusion_figure(recording: Recording, rows: Iterable[int] | None = None, title
         for panel, looked_at in zip(line[1 + steps :], maps.values(), strict=True):
             whole = F.interpolate(looked_at[None, None, number], size=key.shape[1:3], mode="bilinear")[0, 0]
             panel.imshow(key[row].mean(-1), cmap="gray", vmin=0, vmax=1)
-            image = panel.imshow(whole.numpy(), cmap="PuOr_r", vmin=1 - reach, vmax=1 + reach, alpha=0.7)
+            image = panel.imshow(whole.numpy(), cmap="PuOr_r", norm=scale, alpha=0.7)
     names = ["key frame", *(f"residual {n}" for n in range(1, steps + 1)), *(f"{recording.fusion} {s}" for s in maps)]
     for panel, name in zip(panels[0], names, strict=True):
         panel.set_title(name.replace(" stage", "\nstage "), fontsize=9)

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from models import Network
 from models.attention import HEAD_WIDTH
-from models.film import FilmFusion
 
 
 @dataclass(frozen=True)
@@ -22,7 +21,7 @@ class Recording:
     logits: Tensor  # float32 [B, classes]
     spikes: dict[str, Tensor]  # LIF layer, "stage1.1" to "stage4.4" -> bool [S, N, C, H', W']
     attention: dict[str, Tensor]  # stage fused by attention -> float32 [N, S, Q, L], `attention_weights`
-    modulation: dict[str, Tensor]  # stage fused by film -> float32 [N, h, w]: mean change of the currents at a place
+    modulation: dict[str, Tensor]  # stage fused without attention -> float32 [N, h, w]: mean change at a place
 
     @property
     def fusion(self) -> str | None:
@@ -40,8 +39,8 @@ class Recording:
 
     def fusion_maps(self) -> dict[str, Tensor]:
         """Fused stage -> [N, h, w], divided by what it would be if it were even over the frame: how much of its
-        attention the SNN gives to each token of the key frame, or how much film changes the currents at each place.
-        For attention, an SNN token counts by the size of its input, the motion there."""
+        attention the SNN gives to each token of the key frame, or how much a fusion without attention changes the
+        currents at each place. For attention, an SNN token counts by the size of its input, the motion there."""
         moved = self.residual.abs().mean(2)  # [N, S, H, W]
         maps = {
             stage: change / (change.mean((1, 2), keepdim=True) + 1e-12) for stage, change in self.modulation.items()
@@ -94,7 +93,7 @@ def record(model: Network, key: Tensor, residual: Tensor) -> Recording:
             layer.counted = counted
             stack.callback(delattr, layer, "counted")
         for stage, fusion in fusions.items():
-            if isinstance(fusion, FilmFusion):
+            if not hasattr(fusion, "attend_ann"):  # no attention: what changes
 
                 def changed(module, inputs, fused: Tensor, stage=stage) -> None:  # [S, N, C, h, w]
                     modulation[stage] = (fused.float() - inputs[0].float()).abs().mean((0, 2)).cpu()

@@ -37,3 +37,16 @@ def test_the_table_names_what_it_is_and_is_aligned():
     assert table == TEXT
     assert zero.splitlines()[-1].startswith("  neuron Graded: what its equations multiply more")
     assert len(zero.splitlines()) == 6
+
+
+def test_a_network_without_spikes_is_not_called_respike():
+    others = {"frames": {"macs": 10**9, "mj": 4.6, "memory_mj": 1.0}}
+    nothing = {"clips": 2, "mean": 0.0, "std": 0.0, "layers": {}}
+    table = format_report(energy_report({"ann.stem": 10**9}, nothing, others=others)).split("counted as zero:\n")[0]
+    assert table.splitlines()[3:] == [
+        "total                        4.600  100.0 %",
+        "",
+        "baseline           MACs     mJ  x this  memory mJ",
+        "frames    1,000,000,000  4.600    1.00      1.000",
+        "",
+    ]

@@ -36,6 +36,17 @@ def test_spikes_are_those_that_firing_rates_count(settings):
     assert recording.spikes["stage1.1"].shape == (3, 2, 64, 16, 16)
 
 
+def test_a_fusion_of_ones_own_shows_what_it_changes():
+    class Halves(torch.nn.Module):
+        def forward(self, snn, ann):
+            return 0.5 * snn
+
+    model = network()
+    model.fusions = torch.nn.ModuleList([None, None, None, Halves()])
+    recording = record(model, *clips())
+    assert recording.fusion == "modulation" and list(recording.fusion_maps()) == ["stage4"]
+
+
 def test_recording_leaves_the_network_as_it_was():
     model, batch = network().train(), clips()
     before = {name: value.clone() for name, value in model.state_dict().items()}
