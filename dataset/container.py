@@ -1,6 +1,7 @@
 """Opening a local video file with FFmpeg, and nothing that such a file may name."""
 
 import contextlib
+import gc
 import os
 import stat
 from collections.abc import Iterator
@@ -12,6 +13,10 @@ from utils.errors import UserError
 
 # Damaged files make FFmpeg talk; what matters is raised, counted or written to the run folder.
 av.logging.set_level(av.logging.PANIC)
+# A forked process leaves alone what it inherits. If its garbage collector freed a codec that has threads, FFmpeg would
+# wait for ever: the threads are in the other process. (Our decoders have none; other users of PyAV in a process may.)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=gc.freeze, after_in_parent=gc.unfreeze)
 
 # Containers of video data sets. Playlists (hls, concat, dash, image sequences, sdp ...) stay out: they
 # name other files or addresses, and FFmpeg recognises them by content, whatever the file is called.

@@ -2,10 +2,13 @@
 
 import errno
 import functools
+import gc
 import multiprocessing
 import os
 import time
+from fractions import Fraction
 
+import av
 import pytest
 
 from dataset.pool import map_in_processes
@@ -66,3 +69,23 @@ def test_closing_early_does_not_wait_for_what_is_under_way():
 
 def test_no_items():
     assert list(map_in_processes(fail, [], 4)) == []
+
+
+def test_a_codec_with_threads_that_is_garbage_does_not_stop_a_forked_process():
+    codec = av.CodecContext.create("mpeg4", "w")
+    codec.width, codec.height, codec.pix_fmt, codec.time_base = 64, 64, "yuv420p", Fraction(1, 25)
+    codec.thread_type, codec.thread_count = "SLICE", 2
+    codec.encode(av.VideoFrame(64, 64, "yuv420p"))
+    garbage = [codec]
+    garbage.append(garbage)
+    gc.disable()  # so that it is still there in the forked process
+    try:
+        del codec, garbage
+        process = multiprocessing.get_context("fork").Process(target=gc.collect, daemon=True)
+        process.start()
+        process.join(20)
+        ended = process.exitcode
+        process.kill()
+    finally:
+        gc.enable()
+    assert ended == 0
