@@ -69,7 +69,7 @@ class RunFolder:
         a resumed run is about to do again."""
         self._first = (epoch, clips)
         if self._replace:
-            names = ("best.pt", "metrics.jsonl", "steps.jsonl", "test.json", "broken.txt", "last*.damaged")
+            names = ("best.pt", "metrics.jsonl", "steps.jsonl", "test*.json", "broken.txt", "last*.damaged")
             found = [self.path.glob(name) for name in (*names, "events.out.tfevents.*", "steps/events.out.tfevents.*")]
             for file in itertools.chain(kept_checkpoints(self.path), *found):
                 file.unlink()
@@ -106,7 +106,12 @@ class RunFolder:
         self.write_list(name, list(dict.fromkeys([*earlier, *lines])))
 
     def write_result(self, result: dict) -> None:
-        """test.json: the test set's score of the selected epoch."""
+        """test.json: the test set's score. A score after other epochs that stood there is kept beside it."""
+        file = self.path / "test.json"
+        before = json.loads(file.read_text())["after_epochs"] if file.exists() else result["after_epochs"]
+        if before != result["after_epochs"]:
+            kept = file.rename(self.path / f"test-after-{before}.json")
+            print(f"note: the test after {before} epochs is kept as {kept.name}")
         self._write("test.json", json.dumps(result, indent=2) + "\n")
 
     def add_picture(self, name: str, picture: Tensor, step: int = 0) -> None:

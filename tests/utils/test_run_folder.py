@@ -23,6 +23,17 @@ def test_metrics_and_their_undoing(tmp_path):
     assert [json.loads(text) for text in kept] == [line(0), line(1)]
 
 
+def test_a_test_after_other_epochs_is_kept(tmp_path, capsys):
+    run = RunFolder(tmp_path, resuming=False, overwrite=False)
+    for epochs, top1 in ((5, 80.0), (5, 81.0), (6, 79.0)):
+        run.write_result({"after_epochs": epochs, "video_top1": top1})
+    kept, newest = (json.loads((tmp_path / name).read_text()) for name in ("test-after-5.json", "test.json"))
+    assert (kept["video_top1"], newest["video_top1"]) == (81.0, 79.0)
+    assert capsys.readouterr().out == "note: the test after 5 epochs is kept as test-after-5.json\n"
+    run.begin(0)
+    assert not list(tmp_path.glob("test*.json"))
+
+
 def test_leftovers_of_a_killed_run_are_removed(tmp_path):
     (tmp_path / ".last.pt.123.tmp").write_bytes(b"half")
     RunFolder(tmp_path, resuming=True, overwrite=False)
