@@ -21,6 +21,8 @@ if hasattr(os, "register_at_fork"):
 # Containers of video data sets. Playlists (hls, concat, dash, image sequences, sdp ...) stay out: they
 # name other files or addresses, and FFmpeg recognises them by content, whatever the file is called.
 _CONTAINERS = "avi,mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,mpeg,mpegts,mpegvideo,flv,asf,ogg,nut,ivf,m4v,h264,hevc"
+# Titles and the like need not be UTF-8. PyAV 19 reads them as they are, and has no such argument.
+_METADATA = {} if int(av.__version__.partition(".")[0]) > 18 else {"metadata_errors": "replace"}
 _OPEN_OPTIONS = {"protocol_whitelist": "file", "format_whitelist": _CONTAINERS}
 
 
@@ -40,7 +42,7 @@ def open_video(path: str | os.PathLike) -> av.container.InputContainer:
         raise VideoError(f"{path}: no such file (only local video files are opened)")
     try:
         # "file:" keeps a name such as "concat:a.avi" from being taken for a protocol.
-        return av.open(f"file:{Path(path).absolute()}", metadata_errors="replace", options=dict(_OPEN_OPTIONS))
+        return av.open(f"file:{Path(path).absolute()}", options=dict(_OPEN_OPTIONS), **_METADATA)
     except av.error.ArgumentError as error:  # the white list's refusal
         raise VideoError(f"{path}: not a video file of a known container (avi, mp4, mkv, webm, ...)") from error
     except (av.error.FFmpegError, OSError, ValueError) as error:

@@ -54,6 +54,16 @@ def test_frames_agree_with_the_independent_decoder(clips, name):
             assert numpy.abs(block_means(frame) - numpy.array(means[index])).max() < 2, f"frame {index}"
 
 
+def test_metadata_need_not_be_utf8(tmp_path):
+    """Whichever version of PyAV reads them."""
+    file = tmp_path / "video.avi"
+    write_video(file, numpy.zeros((2, 32, 32, 3), numpy.uint8))
+    content = file.read_bytes()
+    assert b"Lavf" in content  # the name of the software that wrote the file
+    file.write_bytes(content.replace(b"Lavf", b"\xe9\xff\xfe\xe9"))
+    assert probe(file).frames == 2
+
+
 @pytest.mark.parametrize("name", ORACLE)
 def test_probe_agrees_with_the_independent_decoder(clips, name):
     want, info = ORACLE[name], probe(clips / name)
