@@ -19,7 +19,8 @@ def read_label_map(file: Path) -> list[str]:
 
     Numbers may stand before all names, or behind them after a comma, tab, semicolon or colon, with or without a header;
     or in a JSON file of names, of name: number, or of number: name. Empty lines and lines that begin with # are left
-    out. Raises UserError if there is no name, if a name comes twice, or if the numbers do not count from 0.
+    out. Raises UserError if there is no name, if a name comes twice or is not in UTF-8, or if the numbers do not count
+    from 0.
     """
     text = read_text(file, "a class name a line, in the order of the labels", about="label_map")
     is_json = file.suffix.lower() == ".json" or text.lstrip().startswith("{")
@@ -34,6 +35,9 @@ def read_label_map(file: Path) -> list[str]:
             about="label_map",
         )
     check_names(file, names, about="label_map")
+    broken = next((name for name in names if re.search("[\ud800-\udfff]", name)), None)
+    if broken is not None:  # checkpoints and pictures would hold the name like this
+        raise UserError(f"{file}: the class {broken!a} is not in UTF-8; save the file as UTF-8", about="label_map")
     return names
 
 

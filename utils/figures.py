@@ -33,6 +33,12 @@ def new_figure(width: float, height: float) -> Figure:
     return figure
 
 
+def drawn(name: str) -> str:
+    """A user's name for text in a figure: matplotlib takes dollars for a formula, and cannot draw bytes that are no
+    text."""
+    return name.encode(errors="replace").decode().replace("$", r"\$")
+
+
 def check_format(file: Path) -> None:
     if file.suffix not in FORMATS:
         raise UserError(f"{file}: the name of a picture must end in {', '.join(FORMATS)}", about="out")

@@ -76,3 +76,9 @@ def test_a_map_that_would_shift_classes_is_refused(tmp_path, text, message):
     with pytest.raises(UserError, match=message) as caught:
         read_label_map(tmp_path / "map.txt")
     assert caught.value.about == "label_map" and "\n" not in str(caught.value)
+
+
+def test_a_name_that_is_not_in_utf8_is_refused(tmp_path):
+    (tmp_path / "map.txt").write_bytes("run\ncaf\u00e9\n".encode("latin-1"))
+    with pytest.raises(UserError, match=r"the class 'caf\\udce9' is not in UTF-8; save the file as UTF-8"):
+        read_label_map(tmp_path / "map.txt")

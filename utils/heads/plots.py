@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from utils.figures import new_figure, save_figure
+from utils.figures import drawn, new_figure, save_figure
 
 
 def save_curves(file: Path, history: list[dict], title: str) -> None:
@@ -21,7 +21,7 @@ def save_curves(file: Path, history: list[dict], title: str) -> None:
     }
     for name, label in labels.items():
         by_epoch.plot(epochs, [line[name] for line in history], marker=".", label=label)
-    by_epoch.set(xlabel="epoch", ylabel="accuracy (%)", ylim=(0, 102), title=title)
+    by_epoch.set(xlabel="epoch", ylabel="accuracy (%)", ylim=(0, 102), title=drawn(title))
     by_epoch.legend()
     steps = history[-1]["test_per_step"]
     by_step.plot(range(1, len(steps) + 1), steps, marker=".")

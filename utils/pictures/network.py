@@ -14,7 +14,7 @@ from torch import Tensor
 from torchvision.utils import make_grid
 
 from dataset.residual import IMAGENET_MEAN, IMAGENET_STD
-from utils.figures import COLOURS, new_figure
+from utils.figures import COLOURS, drawn, new_figure
 from utils.pictures.recording import Recording
 
 if TYPE_CHECKING:
@@ -134,7 +134,7 @@ def fusion_figure(recording: Recording, rows: Iterable[int] | None = None, title
     for panel in panels.flat:
         panel.set(xticks=[], yticks=[])
     if title:
-        figure.suptitle(title, fontsize=10)
+        figure.suptitle(drawn(title), fontsize=10)
     if maps:
         figure.colorbar(image, ax=panels, label=f"{recording.fusion} (1: even)", aspect=30, fraction=0.02, pad=0.01)
     return figure

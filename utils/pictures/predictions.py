@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from utils.figures import COLOURS, new_figure
+from utils.figures import COLOURS, drawn, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -35,9 +35,9 @@ def confusion_figure(matrix: Tensor, classes: Sequence[str]) -> Figure:
         xlabel="predicted class", ylabel="true class",
         title=f"{hits:.0f} of {total:.0f} correct ({100 * hits / max(total, 1):.1f} %)",
     )  # fmt: skip
-    size = 9 if count <= 30 else 6.5
-    axes.set_xticks(range(count) if named else [], classes if named else [], rotation=90, fontsize=size)
-    axes.set_yticks(range(count) if named else [], classes if named else [], fontsize=size)
+    size, names = 9 if count <= 30 else 6.5, [drawn(name) for name in classes] if named else []
+    axes.set_xticks(range(len(names)), names, rotation=90, fontsize=size)
+    axes.set_yticks(range(len(names)), names, fontsize=size)
     if count <= _MOST_CLASSES_COUNTED:
         for row, column in counts.nonzero().tolist():
             colour = "white" if share[row, column] > 35 else "black"

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from utils.errors import UserError
-from utils.figures import COLOURS, new_figure
+from utils.figures import COLOURS, drawn, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -43,7 +43,7 @@ def curves_figure(runs: dict[str, list[dict]]) -> Figure:
             axes.plot(epochs, values, style, color=colour, marker=".", markersize=5, linewidth=1.3, **more)
 
         draw(loss, [line["train_loss"] for line in lines], "--")
-        draw(loss, [line[f"{line['evaluated_on']}_loss"] for line in lines], "-", label=name)
+        draw(loss, [line[f"{line['evaluated_on']}_loss"] for line in lines], "-", label=drawn(name))
         draw(accuracy, [line["train_clip_top1"] for line in lines], "--")
         draw(accuracy, [line["video_top1"] for line in lines], "-")
         for stage, style in zip(lines[-1]["firing_rate"], _LINE_STYLES, strict=False):

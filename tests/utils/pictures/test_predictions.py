@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from utils.figures import save_figure
 from utils.pictures.predictions import calibration_figure, confusion_figure
 from utils.training.report import calibration
 
@@ -17,6 +18,13 @@ def test_confusion(count):
     assert len(axes.get_yticks()) == (0 if count == 400 else count)
     assert axes.get_title().startswith(f"{3 * count} of {3 * count + 1} correct")
     assert [text.get_text() for text in axes.texts] == (["3", "1", *7 * ["3"]] if count == 8 else [])
+
+
+def test_names_are_drawn_as_they_are(tmp_path):
+    """Dollars are no formula, and bytes that are no text do not end the test."""
+    figure = confusion_figure(torch.eye(3), [r"$\frac$", "bet $100_vs_$200", "caf\udce9"])
+    save_figure(tmp_path / "confusion.png", figure)
+    assert figure.axes[0].get_yticklabels()[2].get_text() == "caf?"
 
 
 def test_calibration():
