@@ -48,7 +48,7 @@ from utils.pictures.predictions import calibration_figure, confusion_figure
 from utils.run_folder import described_code
 from utils.runtime import Runtime, join_run
 from utils.script import run_script
-from utils.trained import TrainedNetwork, export, load_trained
+from utils.trained import TrainedNetwork, check_suffix, export, load_trained
 from utils.training.engine import evaluate
 from utils.training.flags import number, of_this_machine, whole
 from utils.training.metrics import VideoScores
@@ -100,8 +100,11 @@ def parse_args() -> argparse.Namespace:
         "--precise-bn, test the network and write the weights with the measured statistics")
     # fmt: on
     args = parser.parse_args()
-    if args.export is not None and (args.energy or len(args.checkpoints) > 1):
-        raise UserError("--export: writes one network and tests nothing; give one checkpoint, and no --energy")
+    if args.export is not None:
+        check_suffix(Path(args.export))
+        given = [name for name in (*_DATA_FLAGS, "out") if getattr(args, name) is not None]
+        if args.energy or len(args.checkpoints) > 1 or (given and not args.precise_bn):
+            raise UserError("--export: writes one network and tests nothing; give one checkpoint, and no other flag")
     if not args.precise_bn and (args.train_list or args.train_root):
         raise UserError("--train-list, --train-root: name training clips, which only --precise-bn N looks at")
     if args.split == "all" and len(args.checkpoints) != 3:
@@ -144,6 +147,7 @@ def runs_by_split(checkpoints: list[str]) -> dict[int, str]:
 def test_run(args: argparse.Namespace, path: str, out: str | None, runtime: Runtime) -> dict:
     """Test one network and write what came out into the folder `out`. Returns the content of evaluation.json."""
     trained = runtime.in_all(load_trained, Path(path))
+    runtime.in_all(check_flags, args, trained)
     others = [runtime.in_all(load_trained, Path(other)) for other in args.baseline]
     folder = Path(out or trained.path.parent)
     runtime.from_main(_make, folder)
@@ -175,12 +179,27 @@ class Tested:
     meter: SpikeMeter | None
 
 
+def check_flags(args: argparse.Namespace, trained: TrainedNetwork) -> None:
+    """Raise UserError for a flag that has no part in the tested network."""
+    if args.precise_bn and not can_be_measured(trained):
+        raise UserError(f"{trained.path} has no batch norm to measure: it is torchvision's, or frozen", "precise_bn")
+    if args.lif_backend and trained.network == "VideoResNet":
+        raise UserError(f"has no part in the network of {trained.path}; leave it out", "lif_backend")
+
+
+def can_be_measured(trained: TrainedNetwork) -> bool:
+    is_frozen = trained.flags.get("freeze") == "ann" and trained.settings.get("branches") == "ann"
+    return trained.network != "VideoResNet" and not is_frozen
+
+
 def run_flags(args: argparse.Namespace, trained: TrainedNetwork) -> argparse.Namespace:
     """The flags of the checkpoint's run, with those that were given now in their place."""
     script = script_of(trained)
-    # What the run's own evaluations measured is in the checkpoint: only what is asked for now is measured.
-    own = {"workers": None, "index_dir": None, "device": None, "precise_bn": args.precise_bn}
-    flags = {**script.DEFAULTS, **trained.flags, **own, "test_only": not args.precise_bn}
+    # What the run's own evaluations measured is in the checkpoint: only what is asked for now is measured. No epoch is
+    # trained.
+    precise_bn = args.precise_bn if can_be_measured(trained) else 0
+    own = {"workers": None, "index_dir": None, "device": None, "precise_bn": precise_bn, "epochs": 0}
+    flags = {**script.DEFAULTS, **trained.flags, **own, "test_only": not precise_bn}
     given = {name: getattr(args, name) for name in _DATA_FLAGS if getattr(args, name) is not None}
     for name in given:
         if name not in flags:
@@ -211,10 +230,10 @@ def test_network(args: argparse.Namespace, trained: TrainedNetwork, runtime: Run
     model = runtime.in_all(network_of, trained, flags.lif_backend)
     model = model.to(runtime.device, memory_format=model.memory_format)
     measured = {}
-    if args.precise_bn:
+    if flags.precise_bn:
         if flags.freeze == "ann":
             model.freeze_ann()
-        measured = measure(model, data.train_loader, trained.epochs, args.precise_bn, runtime)
+        measured = measure(model, data.train_loader, trained.epochs, flags.precise_bn, runtime)
     videos = data.test_loader.videos
     scores = VideoScores(len(videos), runtime.device)
     meter = SpikeMeter(model) if args.energy else None
@@ -302,10 +321,10 @@ def write_all(folder: Path, tested: Tested, result: dict) -> None:
     paths = [path for path, is_seen in zip(tested.paths, seen.tolist(), strict=True) if is_seen]
     write_predictions(folder / "predictions.csv", paths, labels, probabilities, classes)
     write_confusion(folder / "confusion.csv", matrix, classes)
-    save_figure(folder / "confusion.png", confusion_figure(matrix, classes))
-    save_figure(folder / "calibration.png", calibration_figure(by_confidence, result["calibration_error"]))
     with writing(folder, _ELSEWHERE):
         write_atomically(folder / "evaluation.json", (json.dumps(result, indent=2, default=str) + "\n").encode())
+    save_figure(folder / "confusion.png", confusion_figure(matrix, classes))
+    save_figure(folder / "calibration.png", calibration_figure(by_confidence, result["calibration_error"]))
 
 
 def print_result(result: dict, folder: Path) -> None:

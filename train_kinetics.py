@@ -200,7 +200,8 @@ class Data:
 def find_videos(
     args: argparse.Namespace, run: RunFolder | None, checkpoint: Checkpoint | None
 ) -> tuple[list[str], VideoTable, VideoTable, VideoTable]:
-    """(classes, videos to train, to validate, to test on). Rank 0 reads them for all."""
+    """(classes, videos to train, to validate, to test on). Rank 0 reads them for all. run: of the training, which
+    lists what cannot be read; None: nothing is trained or written, and the classes are those of the checkpoint."""
 
     def named(part: str) -> VideoList:
         file = Path(getattr(args, f"{part}_list"))
@@ -210,7 +211,7 @@ def find_videos(
     class_names = None
     if args.label_map is not None:
         class_names = read_label_map(Path(args.label_map))
-    elif args.test_only:  # a list of few videos need not name all classes
+    elif args.test_only or run is None:  # a list of few videos need not name all classes
         class_names = checkpoint.classes
     split = read_lists(None if args.test_only else named("train"), named("val"), class_names, args.num_classes)
     index = VideoIndex(Path(args.index_dir) / f"{args.dset}.json", verify_full=args.verify == "full")

@@ -113,10 +113,14 @@ def _load_exported(path: Path) -> TrainedNetwork:
     return TrainedNetwork(path, weights, about["settings"], about["flags"], about["epochs"])
 
 
-def export(trained: TrainedNetwork, path: Path) -> None:
-    """Write weights and settings, without the optimizer, to a .safetensors file. Raises UserError."""
+def check_suffix(path: Path) -> None:
     if path.suffix != SUFFIX:
         raise UserError(f"{path}: the name of the exported file must end in {SUFFIX}", about="export")
+
+
+def export(trained: TrainedNetwork, path: Path) -> None:
+    """Write weights and settings, without the optimizer, to a .safetensors file. Raises UserError."""
+    check_suffix(path)
     about = {"settings": trained.settings, "flags": trained.flags, "epochs": trained.epochs}
     weights = {name: value.contiguous() for name, value in trained.weights.items()}
     with writing(path):

@@ -67,13 +67,18 @@ def test_film_stopped_in_mid_epoch_and_resumed_to_the_bit(monkeypatch, capfd, ti
 
 
 def test_evaluated_and_asked(monkeypatch, capfd, run, tiny_demo, tmp_path):
-    _, folder, flags = run
+    name, folder, flags = run
     arguments = {str(folder): None, "--out": tmp_path, "--index-dir": flags["--index-dir"], "--energy": None, "-j": 0}
     status, _, err = run_here(monkeypatch, capfd, arguments, evaluate)
     assert status == 0, err
     result = json.loads((tmp_path / "evaluation.json").read_text())
     best = max(metrics(folder), key=lambda line: line["video_top1"])
     assert result["counts"] == best["counts"] and result["energy"]["baselines"]["r3d_18_112"]["macs"] > 0
+    if name == "video":
+        for flag, value in (("--precise-bn", 8), ("--lif-backend", "reference")):
+            refused(
+                monkeypatch, capfd, arguments | {flag: value}, rf"{flag} .* leave it out|it is torchvision's", evaluate
+            )
     video = next(tiny_demo[0].glob("*/*.avi"))
     status, out, err = run_here(monkeypatch, capfd, {str(folder): None, str(video): None, "--json": None}, predict)
     assert status == 0 and len(json.loads(out)["top5"]) == 5, err

@@ -163,6 +163,11 @@ def test_measured_batch_norm_of_a_run_that_did_not_measure(monkeypatch, capfd, r
     again = {"--precise-bn": 9, "--train-list": moved, "--train-root": tiny_lists["--train-list"].parent}
     result, _ = evaluated(monkeypatch, capfd, runs, "kinetics", tmp_path / "lists", **again)
     assert result["loss"] != metrics(runs["kinetics"])[0]["val_loss"]
+    first, *_ = tiny_lists["--val-list"].read_text().splitlines(keepends=True)
+    (tmp_path / "one.txt").write_text(first)  # of one class; nothing is trained, so a small last batch does not matter
+    again |= {"--val-list": tmp_path / "one.txt", "--val-root": tiny_lists["--val-list"].parent, "-b": 4}
+    result, printed = evaluated(monkeypatch, capfd, runs, "kinetics", tmp_path / "one", **again)
+    assert result["counts"]["videos"] == 1 and "the loss may grow" not in printed
     refused(monkeypatch, capfd, {str(runs["fusion"]): None, "--train-list": moved}, "only --precise-bn N", evaluate)
 
 
@@ -209,6 +214,8 @@ def test_mistakes_are_one_line(monkeypatch, capfd, runs, tmp_path):
         ({fusion: None, "--baseline": kinetics}, r"--baseline: .* it goes with --energy"),
         ({fusion: None, "--export": tmp_path / "x.pt"}, r"--export .*must end in \.safetensors"),
         ({fusion: None, "--export": tmp_path / "x.safetensors", "--energy": None}, r"--export: writes one network"),
+        ({fusion: None, "--export": tmp_path / "x.safetensors", "--views": 2}, r"--export: writes one network"),
+        ({fusion: None, "--export": tmp_path / "x.pt", "--precise-bn": 8}, r"--export .*must end in \.safetensors"),
         ({fusion: None, "--energy": None, "--mac-pj": "0"}, r"--mac-pj must be at least 0\.001, got 0"),
         ({fusion: None, "--crops": 2}, r"--crops"),
         ({fusion: None, "--out": runs["fusion"] / "best.pt" / "x", **index}, r"cannot be written .*--out"),

@@ -43,6 +43,10 @@ BAD_FLAGS = {
         {"--test-only": None, "--resume": "auto", "--precise-bn": "8"},
         r"--precise-bn: --test-only tests the batch",
     ),
+    "nothing to measure": (
+        {"--branches": "ann", "--freeze": "ann", "--precise-bn": "8"},
+        r"--precise-bn: --freeze ann with --branches ann leaves no batch norm to measure",
+    ),
     "keep": ({"--keep": "0"}, r"--keep must be at least 1"),
     "minutes": ({"--checkpoint-minutes": "-1"}, r"--checkpoint-minutes must be at least 0"),
     "checkpoint": ({"--resume": "/nowhere/last.pt"}, r"/nowhere/last\.pt: no such checkpoint"),

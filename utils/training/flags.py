@@ -279,6 +279,8 @@ def _check_together(args: argparse.Namespace) -> None:
         raise UserError("--init: a resumed run has its weights already; give --init or --resume PATH, not both")
     if args.freeze is not None and args.branches == "snn":
         raise UserError("--freeze ann: --branches snn has no ANN branch")
+    if args.freeze is not None and args.branches == "ann" and args.precise_bn:
+        raise UserError("--precise-bn: --freeze ann with --branches ann leaves no batch norm to measure")
     if args.test_only and args.precise_bn:
         raise UserError(
             "--precise-bn: --test-only tests the batch norm that the checkpoint holds; evaluate.py --precise-bn "
@@ -338,7 +340,7 @@ def check_epoch(args: argparse.Namespace, loader: DeviceLoader, runtime: Runtime
     if not sizes:
         raise UserError(f"{loader.clips} training clips cannot be shared out to {runtime.count} processes")
     key_frames, pixels = args.time // args.stride, (args.size // SIZE_MULTIPLE) ** 2
-    smallest = {"-b: the last batch of an epoch": min(sizes)}
+    smallest = {"-b: the last batch of an epoch": min(sizes)} if args.epochs else {}
     if args.precise_bn:
         loader.batches.set_first(0, args.precise_bn)
         smallest["--precise-bn: its smallest batch"] = min(loader.batches.sizes())
@@ -351,6 +353,8 @@ def check_epoch(args: argparse.Namespace, loader: DeviceLoader, runtime: Runtime
                 f"{batch} holds one key frame of {args.size} x {args.size} pixels, on which batch norm cannot be "
                 "trained; take another number of clips, more key frames (-T) or a larger --size"
             )
+    if not args.epochs:  # evaluate.py trains none
+        return
     clips = min(sizes) // (1 if args.sync_bn else runtime.count)
     only_merged = args.snn_bn == "merged" and (args.branches == "snn" or args.freeze == "ann")
     values = clips * key_frames * pixels * (args.stride - 1 if only_merged else 1)
