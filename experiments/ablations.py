@@ -17,7 +17,7 @@ A run of two epochs has not converged: it tells apart what can learn the motion 
 
 from pathlib import Path
 
-from experiments.sweep import ROOT, add_sweep_flags, add_variant_flag, sweep
+from experiments.sweep import add_script_flag, add_sweep_flags, add_variant_flag, parse_sweep, sweep
 from experiments.variants import choose
 from utils.errors import ArgumentParser
 from utils.script import run_script
@@ -26,11 +26,11 @@ from utils.script import run_script
 def main() -> int:
     parser = ArgumentParser(description="Train every variant with every seed; a table in the end.")
     add_variant_flag(parser)
-    parser.add_argument("--script", default="train_fusion.py", metavar="FILE", help="or train_kinetics.py")
+    add_script_flag(parser)
     add_sweep_flags(parser, "runs/ablations")
-    args = parser.parse_args()
+    args = parse_sweep(parser)
     cases = {str(seed): ("--seed", str(seed)) for seed in args.seeds}
-    return sweep(Path(args.out), ROOT / args.script, args.flags, choose(args.only, args.flags), cases, args.jobs)
+    return sweep(Path(args.out), args.script, args.flags, choose(args.only, args.flags), cases, args.jobs)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,16 @@ import subprocess
 import sys
 from pathlib import Path
 
-from experiments.sweep import EVALUATE, ROOT, Run, add_sweep_flags, mean_deviation, run_all, write_tables
+from experiments.sweep import (
+    EVALUATE,
+    Run,
+    add_script_flag,
+    add_sweep_flags,
+    mean_deviation,
+    parse_sweep,
+    run_all,
+    write_tables,
+)
 from models.batch_norm import BATCH_NORMS
 from utils.errors import ArgumentParser, UserError
 from utils.script import run_script
@@ -30,9 +39,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", choices=BATCH_NORMS, default=list(BATCH_NORMS), metavar="NAME",
         help=f"modes: {', '.join(BATCH_NORMS)}")  # fmt: skip
     parser.add_argument("--precise-bn", type=whole(1), default=960, metavar="N", help="clips to measure statistics on")
-    parser.add_argument("--script", default="train_fusion.py", metavar="FILE", help="or train_kinetics.py")
+    add_script_flag(parser)
     add_sweep_flags(parser, "runs/batch_norms")
-    return parser.parse_args()
+    # Both rows of a mode are of the same network, tested on the same videos.
+    return parse_sweep(parser, "--snn-bn", "--precise-bn", "--val-fraction")
 
 
 def main() -> int:
@@ -40,7 +50,7 @@ def main() -> int:
     out, flags = Path(args.out), (*shlex.split(BASE), *args.flags)
     runs = {
         mode: [
-            Run(out / f"{mode}-{seed}", ROOT / args.script, (*flags, "--snn-bn", mode, "--seed", str(seed)), False)
+            Run(out / f"{mode}-{seed}", args.script, (*flags, "--snn-bn", mode, "--seed", str(seed)), False)
             for seed in dict.fromkeys(args.seeds)
         ]
         for mode in args.only

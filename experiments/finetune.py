@@ -15,7 +15,7 @@ import shlex
 from pathlib import Path
 
 from dataset.demo import CLASSES, DemoSettings, generate_demo
-from experiments.sweep import ROOT, Run, add_sweep_flags, mean_deviation, run_all, write_tables
+from experiments.sweep import ROOT, Run, add_sweep_flags, mean_deviation, parse_sweep, run_all, write_tables
 from utils.device import cpu_count
 from utils.errors import ArgumentParser
 from utils.files import writing
@@ -34,7 +34,7 @@ def parse_args() -> argparse.Namespace:
     parser = ArgumentParser(description="Fine-tuning against training from scratch, on the demo; a table in the end.")
     parser.add_argument("--data-root", default="data/demo", metavar="FOLDER", help="the demo's videos")
     add_sweep_flags(parser, "runs/finetune")
-    return parser.parse_args()
+    return parse_sweep(parser, "--init", "--train-list", "--val-list")
 
 
 def main() -> int:

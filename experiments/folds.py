@@ -15,7 +15,7 @@ is reported, or say so.
 import re
 from pathlib import Path
 
-from experiments.sweep import ROOT, add_sweep_flags, add_variant_flag, sweep
+from experiments.sweep import ROOT, add_sweep_flags, add_variant_flag, parse_sweep, sweep
 from experiments.variants import choose
 from utils.errors import ArgumentParser, UserError
 from utils.script import run_script
@@ -28,7 +28,7 @@ def main() -> int:
     parser.add_argument("--folds", nargs="+", metavar="K", help="these alone; not given: all of the folder")
     add_variant_flag(parser)
     add_sweep_flags(parser, "runs/folds", seeds=[1])
-    args = parser.parse_args()
+    args = parse_sweep(parser, "--train-list", "--val-list")
     cases = {
         f"fold{fold}.{seed}": (*lists, "--seed", str(seed))
         for seed in args.seeds

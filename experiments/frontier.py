@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from utils.errors import ArgumentParser, UserError
-from utils.figures import COLOURS, check_format, new_figure, save_figure
+from utils.figures import COLOURS, check_format, drawn, new_figure, save_figure
 from utils.script import run_script
 
 if TYPE_CHECKING:
@@ -99,17 +99,17 @@ def pareto_front(points: Sequence[Point]) -> list[Point]:
 # ---- drawing ------------------------------------------------------------------------------------------
 
 
-def frontier_figure(panels: dict[str, Sequence[Point]]) -> Figure:
-    """Accuracy over energy, a panel for each title."""
+def frontier_figure(panels: Sequence[tuple[str, Sequence[Point]]]) -> Figure:
+    """Accuracy over energy. panels: the title and the points of each."""
     figure = new_figure(max(7.0, 4.8 * len(panels)), 4.6)
     all_axes = figure.subplots(1, len(panels), squeeze=False)[0]
-    for axes, (title, points) in zip(all_axes, panels.items(), strict=True):
+    for axes, (title, points) in zip(all_axes, panels, strict=True):
         _draw(axes, points)
-        axes.set(title=title, xlabel="energy of a clip (mJ; an estimate)")
+        axes.set(title=drawn(title), xlabel="energy of a clip (mJ; an estimate)")
     all_axes[0].set_ylabel("video top-1 (%)")
     figure.legend(handles=_explanations(), loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     figure.canvas.draw()  # places are known from now on
-    for axes, points in zip(all_axes, panels.values(), strict=True):
+    for axes, (_, points) in zip(all_axes, panels, strict=True):
         _name(axes, points)
     return figure
 
@@ -168,8 +168,8 @@ def _name(axes: Axes, points: Sequence[Point]) -> None:
     for point in sorted(points, key=lambda point: -point.mean):
         x, y = axes.transData.transform((point.energy_mj, point.mean))
         text = axes.annotate(
-            point.name, (point.energy_mj, point.mean), (0, 0), textcoords="offset points", ha="center", va="center",
-            fontsize=9, fontweight="bold" if point in front else "normal", zorder=4,
+            drawn(point.name), (point.energy_mj, point.mean), (0, 0), textcoords="offset points",
+            ha="center", va="center", fontsize=9, fontweight="bold" if point in front else "normal", zorder=4,
             arrowprops=dict(arrowstyle="-", color="0.6", linewidth=0.7, shrinkA=0, shrinkB=4, zorder=2),
         )  # fmt: skip
         text.set_in_layout(False)
@@ -224,8 +224,9 @@ def main() -> int:
     titles = args.titles or [title for title, _ in panels]
     if len(titles) != len(panels):
         raise UserError(f"--titles: expected one for each of the {len(panels)} panels, got {len(titles)}")
-    save_figure(args.out, frontier_figure({title: points for title, (_, points) in zip(titles, panels, strict=True)}))
-    for title, (_, points) in zip(titles, panels, strict=True):
+    panels = [(title, points) for title, (_, points) in zip(titles, panels, strict=True)]
+    save_figure(args.out, frontier_figure(panels))
+    for title, points in panels:
         front = ", ".join(point.name for point in pareto_front(points))
         print(f"{title or 'runs'}: {sum(len(point.top1) for point in points)} runs; on the Pareto front: {front}")
     print(f"wrote {args.out}")

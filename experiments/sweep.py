@@ -4,6 +4,7 @@ A sweep that was stopped or killed goes on with the same command. Finished runs 
 shared, so the sweep counts the processor time of each run beside the time on the clock.
 """
 
+import argparse
 import csv
 import json
 import os
@@ -26,6 +27,7 @@ from utils.training.flags import whole
 ROOT = Path(__file__).parents[1]
 EVALUATE = ROOT / "evaluate.py"
 _POLL_SECONDS = 0.2
+_OWN = ("--run-dir", "--output-dir", "--resume", "--overwrite", "--test-only", "--seed")
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,9 @@ class Run:
 
     def seconds(self) -> float:
         """On the clock, spent on training, without tests and start."""
-        return sum(line["train_clips"] / line["clips_per_second"] for line in self.metrics())
+        # An epoch that was stopped in its evaluation has no rate of its own.
+        rated = [line for line in self.metrics() if line["clips_per_second"] > 0]
+        return sum(line["train_clips"] / line["clips_per_second"] for line in rated)
 
     def _config(self) -> dict:
         return _read(self.folder / "config.json")
@@ -126,6 +130,28 @@ def add_sweep_flags(parser: ArgumentParser, out: str, seeds: Sequence[int] = (1,
     parser.add_argument("--jobs", type=whole(1), default=1, metavar="N", help="trainings at once; each has cores / N "
         "threads")  # fmt: skip
     parser.add_argument("flags", nargs="*", metavar="-- FLAGS", help="of the training script")
+
+
+def parse_sweep(parser: ArgumentParser, *own: str) -> argparse.Namespace:
+    """The flags of the command line. Raises UserError if a flag of the training script is in _OWN or in `own`: what the
+    experiment itself decides for each run."""
+    args = parser.parse_args()
+    for word in args.flags:
+        if word.partition("=")[0] in (*_OWN, *own):
+            raise UserError(f"{word}: the experiment itself decides this for each run; leave it out behind --")
+    return args
+
+
+def add_script_flag(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--script", type=_script, default="train_fusion.py", metavar="FILE", help="or train_kinetics.py"
+    )
+
+
+def _script(name: str) -> Path:
+    if not (ROOT / name).is_file():
+        raise argparse.ArgumentTypeError(f"must be a training script in {ROOT}, got {name}")
+    return ROOT / name
 
 
 def add_variant_flag(parser: ArgumentParser) -> None:

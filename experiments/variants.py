@@ -55,6 +55,11 @@ def choose(words: Sequence[str], flags: Sequence[str]) -> dict[str, Variant]:
                 '"name=flags", its name of letters, digits and ._+-'
             )
         changed = changed if is_own else {**VARIANTS, **BASELINES}[name]
-        own = "" if any(baseline in changed for baseline in BASELINES.values()) else RESPIKE
-        chosen[name] = Variant(changed, (*shlex.split(f"{BASE} {own}"), *flags, *shlex.split(changed)))
+        is_baseline = any(baseline in changed.replace("=", " ") for baseline in BASELINES.values())
+        own = "" if is_baseline else RESPIKE
+        try:
+            changes = shlex.split(changed)
+        except ValueError as error:
+            raise UserError(f"--only {word}: cannot be cut into flags ({error})") from error
+        chosen[name] = Variant(changed, (*shlex.split(f"{BASE} {own}"), *flags, *changes))
     return chosen

@@ -51,11 +51,11 @@ def test_the_front_has_whom_nobody_beats_in_both():
 
 
 def test_what_is_drawn(sweep_folder):
-    figure = frontier_figure({"a sweep": read_sweep(sweep_folder)})
+    figure = frontier_figure([("a $weep", read_sweep(sweep_folder))])
     (axes,), (legend,) = figure.axes, figure.legends
     assert legend.get_window_extent().x0 > 0 and legend.get_window_extent().x1 < figure.bbox.x1
     front, *points = [line for line in axes.lines if line.get_marker() not in ("_", "|")]
-    assert axes.get_xscale() == "log" and axes.get_title() == "a sweep"
+    assert axes.get_xscale() == "log" and axes.get_title() == r"a \$weep"
     assert list(zip(front.get_xdata(), front.get_ydata(), strict=True)) == [(0.5, 62), (2, 82), (40, 86)]
     markers = {(line.get_xdata()[0], line.get_marker(), line.get_markerfacecolor()) for line in points}
     assert markers == {(2, "o", "#0072B2"), (0.5, "o", "#0072B2"), (1.5, "s", "white"), (40, "s", "white")}
@@ -72,7 +72,7 @@ def test_names_do_not_overlap(seed):
     draw = random.Random(seed)
     points = [Point(f"network{n}", (98 + draw.random(), 99.5), 2 + 0.2 * draw.random(), n % 2 == 0) for n in range(7)]
     points += [Point(f"far{n}", (60 + n,), 20.0 * (n + 1), True) for n in range(3)]
-    figure = frontier_figure({"left": points, "right": points})
+    figure = frontier_figure([("one", points), ("one", points)])
     figure.canvas.draw()  # as it is written to a file
     for axes in figure.axes:
         # An annotation's own extent has the line to its point: what counts is the text.

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments import sweep
+from experiments import ablations, batch_norms, finetune, folds, sweep
 from experiments.variants import BASE, RESPIKE
 from tests.experiments.conftest import FAKE, rows
 from tests.helpers.script import ROOT, children, said, start_python, wait_until
@@ -75,6 +75,26 @@ def test_other_flags_are_not_mixed_into_one_table(sweeping, tmp_path):
     assert err.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    "main, flag",
+    [
+        (ablations.main, "--seed"), (ablations.main, "--run-dir=x"), (batch_norms.main, "--val-fraction"),
+        (batch_norms.main, "--precise-bn"), (folds.main, "--val-list"), (finetune.main, "--init"),
+    ],
+)  # fmt: skip
+def test_what_the_experiment_decides_is_refused(run_sweep, main, flag):
+    status, _, err = run_sweep(main, *(["--lists", "x"] if main is folds.main else []), "--", flag, "7")
+    assert (
+        status == 2
+        and err == f"error: {flag}: the experiment itself decides this for each run; leave it out behind --\n"
+    )
+
+
+def test_a_script_that_is_not_there_is_refused(run_sweep):
+    status, _, err = run_sweep(ablations.main, "--script", "nope.py")
+    assert status == 2 and "--script must be a training script in" in err and "got nope.py" in err
+
+
 def test_a_validated_run_gives_the_score_of_its_test(tmp_path, monkeypatch):
     monkeypatch.setattr(sweep, "EVALUATE", Path(sweep.__file__))  # any file
     run = sweep.Run(tmp_path, tmp_path / "train.py", ("--epochs", "1"))
@@ -84,6 +104,10 @@ def test_a_validated_run_gives_the_score_of_its_test(tmp_path, monkeypatch):
     assert run.top1() == 3 and run.next_command()[2:] == [f"{tmp_path}/last.pt", "--energy"]
     (tmp_path / "config.json").write_text('{"flags": {"epochs": 1, "val_fraction": 0.1}}')
     assert run.top1() == 5 and run.next_command()[2:] == [f"{tmp_path}/best.pt", "--energy"]
+    # Stopped in its evaluation, and resumed: an epoch without a rate.
+    lines = [{"epoch": n, "train_clips": 20, "clips_per_second": rate} for n, rate in enumerate((10, 0.0))]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert run.seconds() == 2
     (tmp_path / "test.json").unlink()  # stopped in the test
     assert not run.finished()
 

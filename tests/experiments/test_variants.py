@@ -35,6 +35,15 @@ def test_a_variant_of_ones_own_starts_from_the_same_flags():
     assert chosen["tsn"].flags == (*BASE.split(), "--size", "64", "--branches", "frames", "-T", "8")
 
 
+def test_a_baseline_is_one_however_its_flag_is_written():
+    assert " ".join(choose(["a=--model=r3d_18"], [])["a"].flags) == f"{BASE} --model=r3d_18"
+
+
+def test_flags_that_cannot_be_cut_are_refused():
+    with pytest.raises(UserError, match=r"^--only x=--flip 'abc: cannot be cut into flags \(No closing quotation\)"):
+        choose(["x=--flip 'abc"], [])
+
+
 @pytest.mark.parametrize("word", ["crss", "a/b=--stride 2", "=--stride 2", "a b="])
 def test_an_unknown_variant_is_refused(word):
     with pytest.raises(
