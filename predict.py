@@ -72,6 +72,8 @@ def parse_args() -> argparse.Namespace:
         for flag in ("videos", "list", "save", "views", "crops"):
             if getattr(args, flag):
                 raise UserError(f"--stream: takes one source and no {'VIDEO' if flag == 'videos' else f'--{flag}'}")
+    elif args.realtime:
+        raise UserError("--realtime: paces a stream; it goes with --stream SOURCE")
     elif not args.videos and args.list is None:
         raise UserError("which videos? Give files, folders, - for standard input, --list FILE or --stream SOURCE")
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")

@@ -42,7 +42,8 @@ def initialise(model: Network, settings: dict, path: Path) -> str:
     except RuntimeError as error:
         detail = " ".join(str(error).split())[:200]
         raise UserError(
-            f"{path}: not weights of the network that --model, --branches, --fusion and --downsample name ({detail})",
+            f"{path}: not weights of the network that --model, --branches, --fusion, --downsample and --neuron name "
+            f"({detail})",
             about="init",
         ) from error
     notes = "" if same_classes else "; the head is new: other classes"

@@ -233,19 +233,20 @@ def _reset(node: nn.Module) -> None:
 
 def _try(name: str, arguments: dict, parameters: LIFParameters, steps: int) -> None:
     """Raise UserError if the node cannot be made or does not turn currents into spikes."""
+    fault = "cannot be made"
     try:
         with torch.random.fork_rng(devices=[]), torch.enable_grad(), torch.device("cpu"):
             current = (4.0 * torch.sin(torch.arange(steps * 2 * 4 * 3 * 3) * 1.7)).view(steps, 2, 4, 3, 3)
             current *= torch.tensor([1.0, 2.0, 4.0, 8.0])[:, None, None]  # weak ones, and strong ones that make it fire
             node = _make(name, arguments, parameters)
+            fault = "does not work on currents of all time steps"
             first, again = (_after_reset(node, current.requires_grad_()) for _ in range(2))
             with torch.no_grad():
                 for parameter in node.parameters():  # as training will
                     parameter.mul_(0.9)
             later = _after_reset(node, current)
     except Exception as error:  # whatever a class of another project raises
-        detail = " ".join(str(error).split())[:160]
-        reason = f"does not work on currents of all time steps ({type(error).__name__}: {detail})"
+        reason = f"{fault} ({type(error).__name__}: {' '.join(str(error).split())[:160] or 'without a reason'})"
     else:
         if not isinstance(first, Tensor) or first.shape != current.shape:
             reason = "does not return a spike for each current"
@@ -267,4 +268,4 @@ def _after_reset(node: nn.Module, current: Tensor) -> Tensor:
 
 
 def _listed(arguments: dict) -> str:
-    return ", ".join(f"{key}={value}" for key, value in arguments.items())
+    return ", ".join(f"{key}={value!r}" for key, value in arguments.items())  # 'false' is a word, False is not

@@ -95,7 +95,7 @@ def test_currents_in_half_precision():
         ("sj.SlidingPSN", {}, "needs --neuron-args k=..."),
         ("sj.IFNode", {"tua": 2.0}, "has no argument of this name; it has v_threshold, v_reset"),
         ("sj.IFNode", {"step_mode": "s"}, "is set by the network"),
-        ("sj.LIFNode", {"v_threshold": "high"}, "with v_threshold=high.*: does not work on"),
+        ("sj.LIFNode", {"v_threshold": "high"}, "with v_threshold='high'.*: cannot be made"),
         ("sj.PSN", {"T": 16}, r"T=16: is the number of time steps, 3 \(--stride - 1\)"),
         ("sj.NoisyBaseNode", {"num_node": 4}, "does not work on currents"),
     ],

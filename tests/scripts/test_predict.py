@@ -133,6 +133,7 @@ def test_a_file_that_breaks_after_a_first_look(monkeypatch, capfd, random_networ
         (("--stream", "x.mp4", "--save", "y"), "--stream: takes one source and no --save"),
         (("--stream", "x.mp4"), "--stream x.mp4: no such file or device"),
         (("--stream", "file:///etc/passwd"), "--stream file:///etc/passwd: expected an address of http"),
+        (("x.mp4", "--realtime"), "--realtime: paces a stream"),
         (("--list", "/nowhere.txt"), "--list /nowhere.txt: cannot be read"),
         (("x.mp4", "--device", "tpu"), "--device tpu: expected"),
         (("x.mp4", "--crops", "2"), "--crops: invalid choice"),
