@@ -108,8 +108,8 @@ class RunFolder:
     def write_result(self, result: dict) -> None:
         """test.json: the test set's score. A score after other epochs that stood there is kept beside it."""
         file = self.path / "test.json"
-        before = json.loads(file.read_text())["after_epochs"] if file.exists() else result["after_epochs"]
-        if before != result["after_epochs"]:
+        before = json.loads(file.read_text()).get("after_epochs") if file.exists() else None
+        if before not in (None, result.get("after_epochs")):
             kept = file.rename(self.path / f"test-after-{before}.json")
             print(f"note: the test after {before} epochs is kept as {kept.name}")
         self._write("test.json", json.dumps(result, indent=2) + "\n")
