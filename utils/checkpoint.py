@@ -51,7 +51,9 @@ def save_checkpoint(path: Path, state: dict, keep: int = 1) -> None:
     torch.save({"format": FORMAT, **state}, buffer)
     rotate = (lambda: _make_room(path.parent, keep)) if path.name == LAST else (lambda: None)
     try:
-        write_atomically(path, buffer.getbuffer(), before_renaming=rotate)
+        # Released even if it fails: Python 3.12.1 crashes when it collects an error whose traceback holds a memoryview.
+        with buffer.getbuffer() as content:
+            write_atomically(path, content, before_renaming=rotate)
     except OSError as error:
         kept = "the earlier one is untouched" if path.exists() else "there was none before"
         raise CheckpointError(f"{path}: the checkpoint cannot be written ({error.strerror}); {kept}") from error
