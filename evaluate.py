@@ -188,6 +188,7 @@ def check_flags(args: argparse.Namespace, trained: TrainedNetwork) -> None:
 
 
 def can_be_measured(trained: TrainedNetwork) -> bool:
+    """Whether the network has batch norm that --precise-bn measures."""
     is_frozen = trained.flags.get("freeze") == "ann" and trained.settings.get("branches") == "ann"
     return trained.network != "VideoResNet" and not is_frozen
 

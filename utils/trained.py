@@ -114,6 +114,7 @@ def _load_exported(path: Path) -> TrainedNetwork:
 
 
 def check_suffix(path: Path) -> None:
+    """Raise UserError if `export` would refuse the name of the file: it is better known before a test."""
     if path.suffix != SUFFIX:
         raise UserError(f"{path}: the name of the exported file must end in {SUFFIX}", about="export")
 
